@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks.run [-k WORD] [-t 1 2] [-o FILE]`: ours against peers, ratios in one run.
+
+Times are medians over interleaved repetitions (ours, peer, peer, ours, ...), so that a noisy
+neighbour hits everybody. "floor" is our time over the time that moving the least possible bytes
+takes at the copy bandwidth measured in the same run. Everything is written as JSON, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from cases import SPEEDS
+
+import semisam
+from benchmarks import peers
+
+
+def copy_bandwidth(threads: int, megabytes: int = 256) -> float:
+    """Bytes per second read plus written by `threads` copies of arrays far larger than the caches."""
+    n = megabytes * 2**20 // threads
+    pairs = [(np.ones(n, np.uint8), np.ones(n, np.uint8)) for _ in range(threads)]
+    best = float("inf")
+    for _ in range(7):
+        workers = [threading.Thread(target=np.copyto, args=(b, a)) for a, b in pairs]
+        start = time.perf_counter()
+        for w in workers:
+            w.start()
+        for w in workers:
+            w.join()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n * threads / best
+
+
+def time_all(functions, data, repeat: int, least: float = 0.02):
+    """Median seconds of each function, repetitions interleaved; short functions run in batches."""
+    loops, results = {}, {}
+    for name, f in functions.items():
+        results[name] = f(data)
+        start = time.perf_counter()
+        f(data)
+        once = time.perf_counter() - start
+        loops[name] = max(1, int(least / max(once, 1e-7)))
+    samples = {name: [] for name in functions}
+    for _ in range(repeat):
+        for name, f in functions.items():
+            start = time.perf_counter()
+            for _ in range(loops[name]):
+                f(data)
+            samples[name].append((time.perf_counter() - start) / loops[name])
+    return {name: statistics.median(v) for name, v in samples.items()}, results
+
+
+def run_one(speed, threads: int, bandwidth: float) -> dict:
+    torch.set_num_threads(threads)
+    data = speed.make(np.random.default_rng(1337))
+    functions, missing = {"ours": speed.ours}, {}
+    for name in speed.peers:
+        try:
+            getattr(peers, name)(data)
+            functions[name] = getattr(peers, name)
+        except ImportError as e:
+            missing[name] = str(e)
+    times, results = time_all(functions, data, speed.repeat)
+    ours = times["ours"]
+    floor = ours / (speed.moved(data) / bandwidth)
+    ratios = {name: t / ours for name, t in times.items() if name != "ours"}
+    ratios["best"] = min(ratios.values()) if ratios else float("nan")
+    met = {}
+    for what, target in speed.targets.items():
+        if what == "floor":
+            met[f"floor <= {target}"] = floor <= target
+        elif what in ratios:
+            met[f"{what} >= {target}x"] = ratios[what] >= target
+    errors = {}
+    if speed.error:
+        errors = {n: speed.error(results["ours"], r) for n, r in results.items() if n != "ours"}
+    return {
+        "name": speed.name,
+        "threads": threads,
+        "ms": {name: 1e3 * t for name, t in times.items()},
+        "ratio": ratios,
+        "bytes": speed.moved(data),
+        "floor": floor,
+        "targets": met,
+        "difference": errors,
+        "missing": missing,
+    }
+
+
+def print_row(row: dict) -> None:
+    others = ", ".join(f"{n} {t:.3g} ({row['ratio'][n]:.1f}x)" for n, t in row["ms"].items() if n != "ours")
+    targets = ", ".join(f"{'met' if ok else 'NOT MET'}: {what}" for what, ok in row["targets"].items())
+    print(
+        f"{row['name']:<42}{row['threads']}T  {row['ms']['ours']:9.3f} ms  {row['bytes'] / 2**20:8.1f} MiB  "
+        f"floor x{row['floor']:.2f}  | {others}  | {targets}"
+    )
+    if row["difference"]:
+        print(" " * 46 + "difference: " + ", ".join(f"{n} {e:.2g}" for n, e in row["difference"].items()))
+    for name, why in row["missing"].items():
+        print(" " * 46 + f"not measured: {name}: {why}")
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
+        json.dump(value, f, indent=1)
+    os.replace(f.name, path)
+
+
+def import_milliseconds() -> dict[str, float]:
+    """Time that `import semisam` takes beyond NumPy's own import, in fresh interpreters."""
+    import subprocess  # noqa: PLC0415
+
+    code = "import time,numpy;a=time.perf_counter();import semisam;print(time.perf_counter()-a)"
+    runs = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(7)]
+    return {"import semisam after numpy, ms": 1e3 * statistics.median(runs)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("-k", default="", help="only entries whose name contains this")
+    parser.add_argument("-t", type=int, nargs="+", default=[1, 2], help="thread counts")
+    parser.add_argument("-o", type=Path, default=None, help="where to write the JSON")
+    options = parser.parse_args()
+    bandwidth = {t: copy_bandwidth(t) for t in options.t}
+    print("copy bandwidth: " + ", ".join(f"{t}T {b / 1e9:.1f} GB/s" for t, b in bandwidth.items()))
+    rows = []
+    for speed in SPEEDS:
+        for t in options.t:
+            if options.k in speed.name:
+                rows.append(run_one(speed, t, bandwidth[t]))
+                print_row(rows[-1])
+    imports = import_milliseconds() if not options.k else {}
+    for what, value in imports.items():
+        print(f"{what}: {value:.1f}")
+    if options.o:
+        machine = {"cpu": platform.processor() or platform.machine(), **_cpu_name()}
+        info = {k: v for k, v in semisam.info().items() if k not in ("operators", "platform")}
+        head = {"machine": machine, "bandwidth": bandwidth, "imports": imports, "info": info}
+        write_json(options.o, {**head, "rows": rows})
+
+
+def _cpu_name() -> dict[str, str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return {"model": line.split(":", 1)[1].strip()}
+    except OSError:
+        pass
+    return {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * call.c: one operator call, driven by the schema; and status -> exception.
+ *
+ * Python calls _core.<op>(*arguments in schema order, threads=0, isa=None), all positional.
+ */
+#include "binding.h"
+
+#include <string.h>
+
+#define MAX_SLOTS 4096 /* bytes of the largest argument struct */
+
+typedef struct call {
+    const ss_op_spec *op;
+    PyObject *keep; /* list of what must outlive the call */
+    PyObject *device_source;
+    ss_exec x;
+    _Alignas(16) char slots[MAX_SLOTS];
+} call;
+
+static int bad_type(const call *c, const char *label, const char *expected, PyObject *got) {
+    PyErr_Format(PyExc_TypeError, "%s(): %s: expected %s, got %S", c->op->name, label, expected,
+                 (PyObject *)Py_TYPE(got));
+    return -1;
+}
+
+static int put_tensor(call *c, const char *label, PyObject *object, ss_tensor *t) {
+    if (ss_py_tensor(object, c->op->name, label, t, c->keep) < 0) {
+        return -1;
+    }
+    if (!c->device_source) {
+        c->device_source = object; /* the first tensor decides where to run */
+        c->x.device = t->device;
+        c->x.device_index = t->device_index;
+        if (t->device != SS_CPU) {
+            return ss_py_stream(object, t, &c->x.stream);
+        }
+    }
+    return 0;
+}
+
+/* Memory for `count` views or numbers that lives as long as the call. */
+static void *put_array(call *c, Py_ssize_t count, size_t size) {
+    PyObject *bytes = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(size * (size_t)count + 1));
+    int failed = !bytes || PyList_Append(c->keep, bytes) < 0;
+    Py_XDECREF(bytes);
+    return failed ? NULL : PyByteArray_AsString(bytes);
+}
+
+static int put_list(call *c, const ss_arg_spec *spec, PyObject *object, ss_list *list) {
+    if (!PyList_Check(object) && !PyTuple_Check(object)) {
+        return bad_type(c, spec->name, "a list of arrays", object);
+    }
+    PyObject *items = PySequence_Tuple(object);
+    if (!items) {
+        return -1;
+    }
+    Py_ssize_t n = PyTuple_Size(items);
+    int failed = PyList_Append(c->keep, items) < 0;
+    Py_DECREF(items); /* `keep` has it */
+    if (failed) {
+        return -1;
+    }
+    if (n > SS_MAX_LIST) {
+        PyErr_Format(PyExc_ValueError, "%s(): %s: expected at most %d arrays, got %zd", c->op->name,
+                     spec->name, SS_MAX_LIST, n);
+        return -1;
+    }
+    ss_tensor *at = put_array(c, n, sizeof(ss_tensor));
+    if (!at) {
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < n; ++i) {
+        char label[96];
+        PyOS_snprintf(label, sizeof label, "%s[%d]", spec->name, (int)i);
+        if (put_tensor(c, label, PyTuple_GetItem(items, i), &at[i]) < 0) {
+            return -1;
+        }
+    }
+    list->at = at;
+    list->n = n;
+    return 0;
+}
+
+static int put_doubles(call *c, const ss_arg_spec *spec, PyObject *object, ss_doubles *out) {
+    PyObject *items = PySequence_Tuple(object);
+    if (!items) {
+        PyErr_Clear();
+        return bad_type(c, spec->name, "a list of numbers", object);
+    }
+    Py_ssize_t n = PyTuple_Size(items);
+    double *at = put_array(c, n, sizeof(double));
+    int failed = !at;
+    for (Py_ssize_t i = 0; !failed && i < n; ++i) {
+        at[i] = PyFloat_AsDouble(PyTuple_GetItem(items, i));
+        failed = at[i] == -1.0 && PyErr_Occurred();
+    }
+    Py_DECREF(items);
+    if (failed) {
+        if (PyErr_ExceptionMatches(PyExc_TypeError)) {
+            PyErr_Clear();
+            return bad_type(c, spec->name, "a list of numbers", object);
+        }
+        return -1;
+    }
+    out->at = at;
+    out->n = n;
+    return 0;
+}
+
+static int put_int(call *c, const ss_arg_spec *spec, PyObject *object, int64_t *out) {
+    PyObject *index = PyNumber_Index(object);
+    if (!index) {
+        PyErr_Clear();
+        return bad_type(c, spec->name, "an integer", object);
+    }
+    long long v = PyLong_AsLongLong(index);
+    Py_DECREF(index);
+    if (v == -1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_ValueError, "%s(): %s: expected an integer of 64 bits, got %S",
+                     c->op->name, spec->name, object);
+        return -1;
+    }
+    *out = v;
+    return 0;
+}
+
+static int put_slot(call *c, const ss_arg_spec *spec, PyObject *object, char *p) {
+    void *slot = p;
+    switch (spec->kind) {
+    case SS_KIND_LIST:
+        return put_list(c, spec, object, slot);
+    case SS_KIND_DBLS:
+        return put_doubles(c, spec, object, slot);
+    case SS_KIND_INT:
+        return put_int(c, spec, object, slot);
+    case SS_KIND_DBL: {
+        double v = PyFloat_AsDouble(object);
+        if (v == -1.0 && PyErr_Occurred()) {
+            PyErr_Clear();
+            return bad_type(c, spec->name, "a number", object);
+        }
+        memcpy(slot, &v, sizeof v);
+        return 0;
+    }
+    case SS_KIND_OPT:
+        if (object == Py_None) {
+            return 0; /* slots start as zeros: not given */
+        }
+        return put_tensor(c, spec->name, object, slot);
+    default:
+        return put_tensor(c, spec->name, object, slot);
+    }
+}
+
+static PyObject *raise_status(ss_status status, const char *text) {
+    PyObject *type = status == SS_INVALID       ? PyExc_ValueError
+                     : status == SS_WRONG_TYPE  ? PyExc_TypeError
+                     : status == SS_NO_MEMORY   ? PyExc_MemoryError
+                     : status == SS_UNSUPPORTED ? PyExc_NotImplementedError
+                                                : PyExc_RuntimeError;
+    PyErr_SetString(type, text);
+    return NULL;
+}
+
+/* What may follow the schema's own arguments: the thread count, and an instruction set by name. */
+static int put_options(call *c, PyObject *const *args, Py_ssize_t n) {
+    if (n > 0) {
+        long threads = PyLong_AsLong(args[0]);
+        if (threads == -1 && PyErr_Occurred()) {
+            return -1;
+        }
+        if (threads < 0 || threads > SS_MAX_THREADS) {
+            PyErr_Format(PyExc_ValueError, "%s(): threads: expected 0 (automatic) to %d, got %ld",
+                         c->op->name, SS_MAX_THREADS, threads);
+            return -1;
+        }
+        c->x.threads = (int32_t)threads;
+    }
+    if (n > 1 && args[1] != Py_None) {
+        PyObject *bytes = PyUnicode_AsASCIIString(args[1]);
+        int failed = !bytes || PyList_Append(c->keep, bytes) < 0;
+        Py_XDECREF(bytes);
+        if (failed) {
+            return -1;
+        }
+        c->x.isa = PyBytes_AsString(bytes);
+    }
+    return 0;
+}
+
+static PyObject *run(call *c, int32_t op, PyObject *const *args, Py_ssize_t n) {
+    const int32_t n_args = c->op->n_args;
+    if (n < n_args || n > n_args + 2) {
+        PyErr_Format(PyExc_TypeError, "%s(): expected %d arguments (and threads, isa), got %zd",
+                     c->op->name, (int)n_args, n);
+        return NULL;
+    }
+    char *p = c->slots;
+    for (int32_t i = 0; i < n_args; ++i) {
+        if (put_slot(c, &c->op->args[i], args[i], p) < 0) {
+            return NULL;
+        }
+        p += ss_kind_size(c->op->args[i].kind);
+    }
+    if (put_options(c, args + n_args, n - n_args) < 0) {
+        return NULL;
+    }
+    ss_status status;
+    Py_BEGIN_ALLOW_THREADS status = ss_run(&c->x, op, c->slots);
+    Py_END_ALLOW_THREADS if (status != SS_OK) {
+        return raise_status(status, c->x.error);
+    }
+    return Py_NewRef(Py_None);
+}
+
+PyObject *ss_py_call(int32_t op, PyObject *const *args, Py_ssize_t n) {
+    call c;
+    memset(&c, 0, sizeof c);
+    c.op = &ss_op_specs()[op];
+    c.x.device = SS_CPU;
+    if (c.op->size > MAX_SLOTS) {
+        PyErr_Format(PyExc_SystemError, "%s(): argument struct too large", c.op->name);
+        return NULL;
+    }
+    c.keep = PyList_New(0);
+    if (!c.keep) {
+        return NULL;
+    }
+    PyObject *result = run(&c, op, args, n);
+    Py_DECREF(c.keep);
+    return result;
+}

@@ -1,0 +1,121 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * module.c: the extension module semisam._core (PEP 489, no module state). One function per line of
+ * ops.def, and a few that tell about the build.
+ */
+#define SS_IMPORTS_NUMPY
+#include "binding.h"
+
+/* ops.def line -> Python function. */
+#define SS_OP(op, doc, args)                                                                       \
+    static PyObject *py_##op(PyObject *module, PyObject *const *argv, Py_ssize_t n) {              \
+        (void)module;                                                                              \
+        return ss_py_call(SS_OP_##op, argv, n);                                                    \
+    }
+#include "../ops.def"
+
+static PyObject *schema_of(const ss_op_spec *op) {
+    static const char *const kinds[] = {"in", "opt", "list", "out", "int", "dbl", "dbls"};
+    PyObject *args = PyTuple_New(op->n_args);
+    for (int32_t i = 0; args && i < op->n_args; ++i) {
+        const ss_arg_spec *a = &op->args[i];
+        PyObject *arg =
+            Py_BuildValue("(ssssdd)", a->name, kinds[a->kind], a->dtype, a->shape, a->lo, a->hi);
+        if (!arg || PyTuple_SetItem(args, i, arg) < 0) {
+            Py_DECREF(args);
+            return NULL;
+        }
+    }
+    return args ? Py_BuildValue("(ssN)", op->name, op->doc, args) : NULL;
+}
+
+static PyObject *schema(PyObject *module, PyObject *none) {
+    (void)module;
+    (void)none;
+    PyObject *all = PyTuple_New(SS_OPS);
+    for (int32_t i = 0; all && i < SS_OPS; ++i) {
+        PyObject *op = schema_of(&ss_op_specs()[i]);
+        if (!op || PyTuple_SetItem(all, i, op) < 0) {
+            Py_DECREF(all);
+            return NULL;
+        }
+    }
+    return all;
+}
+
+static PyObject *build_info(PyObject *module, PyObject *none) {
+    (void)module;
+    (void)none;
+    int32_t n = 0;
+    const ss_backend *const *cpu = ss_cpu_backends(&n);
+    PyObject *isas = PyTuple_New(n);
+    for (int32_t i = 0; isas && i < n; ++i) {
+        PyObject *name = PyUnicode_FromString(cpu[i]->isa);
+        if (!name || PyTuple_SetItem(isas, i, name) < 0) {
+            Py_DECREF(isas);
+            return NULL;
+        }
+    }
+    if (!isas) {
+        return NULL;
+    }
+    return Py_BuildValue("{s:s,s:i,s:s,s:i,s:N}", "version", ss_version(), "abi", SS_ABI,
+                         "compiler", __VERSION__, "cpu_count", (int)ss_cpu_count(), "isa", isas);
+}
+
+static PyObject *advise_huge(PyObject *module, PyObject *object) {
+    (void)module;
+    ss_tensor t;
+    PyObject *keep = PyList_New(0);
+    if (!keep) {
+        return NULL;
+    }
+    int status = ss_py_tensor(object, "advise_huge", "array", &t, keep);
+    if (status == 0 && t.device == SS_CPU) {
+        ss_advise_huge(t.data, (size_t)ss_count(&t) * ss_dtype_size(t.dtype));
+    }
+    Py_DECREF(keep);
+    return status == 0 ? Py_NewRef(Py_None) : NULL;
+}
+
+/* A cast through void(*)(void) is how CPython's own modules store fast-call functions. */
+#define SS_METHOD(f) ((PyCFunction)(void (*)(void))(f))
+
+static PyMethodDef methods[] = {
+#define SS_OP(op, doc, args) {#op, SS_METHOD(py_##op), METH_FASTCALL, #op "(*args, /)\n--\n\n" doc},
+#include "../ops.def"
+    {"schema", schema, METH_NOARGS, "schema()\n--\n\nWhat ops.def says, as nested tuples."},
+    {"build_info", build_info, METH_NOARGS, "build_info()\n--\n\nHow the core was built."},
+    {"advise_huge", advise_huge, METH_O,
+     "advise_huge(array, /)\n--\n\nAsk for huge pages behind a large fresh array."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int exec_module(PyObject *module) {
+    (void)module;
+    return PyArray_ImportNumPyAPI();
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, exec_module},
+#if PY_VERSION_HEX >= 0x030C0000
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* as NumPy */
+#endif
+#if PY_VERSION_HEX >= 0x030D0000
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* no shared mutable state */
+#endif
+    {0, NULL},
+};
+
+static PyModuleDef definition = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "semisam._core",
+    .m_doc = "The C core of semisam: one function per operator, on arrays that the caller owns.",
+    .m_size = 0,
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__core(void) {
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this installation can do: `semisam.info()`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata, util
+from typing import Any
+
+import numpy as np
+
+from semisam import _core, ops
+
+
+class Info:
+    """Callable that reports build, backends, threads and versions; `print(semisam.info())`."""
+
+    version: str = _core.build_info()["version"]
+
+    def __call__(self) -> Report:
+        """Return the report as a dictionary that prints as a table.
+
+        >>> import semisam
+        >>> semisam.info()["abi"]
+        1
+        """
+        build = _core.build_info()
+        return Report(
+            {
+                "semisam": build["version"],
+                "abi": build["abi"],
+                "compiler": build["compiler"],
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "numpy": np.__version__,
+                "cpu": f"{len(ops.SCHEMA)} operators, instruction sets {', '.join(build['isa'])}",
+                "threads": ops.get_num_threads() or build["cpu_count"],
+                "cores": build["cpu_count"],
+                **_torch_report(),
+                "cuda backend": "not built: this version has CPU operators only",
+                "operators": {name: ["cpu"] for name in ops.SCHEMA},
+            }
+        )
+
+
+class Report(dict[str, Any]):
+    """A dictionary that prints one aligned line per entry."""
+
+    def __str__(self) -> str:
+        lines = []
+        for key, value in self.items():
+            if isinstance(value, dict):
+                lines.append(f"{key}:")
+                lines.extend(f"  {name:<22}{', '.join(where)}" for name, where in value.items())
+            else:
+                lines.append(f"{key + ':':<16}{value}")
+        return "\n".join(lines)
+
+
+def _torch_report() -> dict[str, Any]:
+    if util.find_spec("torch") is None:
+        return {"torch": "not installed: pip install 'semisam[torch]' for losses with gradients"}
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {"torch": f"{metadata.version('torch')} (not imported yet; import torch first for more)"}
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    if torch.version.cuda is None:
+        why = "this torch is a CPU build"
+    elif not torch.cuda.is_available():
+        why = f"torch has CUDA {torch.version.cuda}, but no usable device or driver was found"
+    else:
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        why = f"CUDA {torch.version.cuda}: {', '.join(names)}"
+    return {"torch": torch.__version__, "cuda": why, "cudnn": cudnn or "none"}
+
+
+def environment() -> dict[str, str]:
+    """Return the environment variables that semisam reads and what they are set to."""
+    return {name: os.environ.get(name, "") for name in ("SEMISAM_THREADS", "SEMISAM_DATA")}
+
+
+info = Info()

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C core's operators on NumPy arrays and torch tensors.
+
+`call(op, ...)` runs any operator of `csrc/ops.def` and returns its outputs as the caller's kind of
+array. Output shapes and dtypes, torch schemas and fake kernels are derived from the operators'
+schema, so a new operator needs nothing here unless it has a gradient. This is the only file that
+touches `torch.library`; torch itself is imported only if the caller already did.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from semisam import _core
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["SCHEMA", "Arg", "call", "get_num_threads", "set_num_threads"]
+
+
+class Arg(NamedTuple):
+    """One argument of an operator: kind is in, opt, list, out, int, dbl or dbls."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: str
+    lo: float
+    hi: float
+
+
+SCHEMA: dict[str, tuple[Arg, ...]] = {
+    name: tuple(Arg(*arg) for arg in args) for name, _, args in _core.schema()
+}
+
+# Arrays of this size get huge pages: first touch of fresh 4 KiB pages costs more than most operators.
+_HUGE = 8 << 20
+
+_NUMPY = {
+    "bool": np.bool_,
+    "u8": np.uint8,
+    "i8": np.int8,
+    "u16": np.uint16,
+    "i16": np.int16,
+    "u32": np.uint32,
+    "i32": np.int32,
+    "u64": np.uint64,
+    "i64": np.int64,
+    "f16": np.float16,
+    "f32": np.float32,
+    "f64": np.float64,
+}
+
+_threads = int(os.environ.get("SEMISAM_THREADS", "0") or 0)
+
+
+def set_num_threads(n: int) -> None:
+    """Use `n` threads in every later call; 0 (the default) follows torch, else uses all cores.
+
+    Results do not depend on it. DataLoader workers use one thread, as torch tells them to.
+
+    >>> import semisam
+    >>> semisam.set_num_threads(0)
+    """
+    global _threads  # noqa: PLW0603  (a process-wide setting, like torch's)
+    if not 0 <= n <= 256:
+        raise ValueError(f"set_num_threads(): n: expected 0 to 256, got {n}")
+    _threads = n
+
+
+def get_num_threads() -> int:
+    """Return how many threads a call uses: the setting, else torch's, else all cores (as 0)."""
+    if _threads:
+        return _threads
+    torch = sys.modules.get("torch")
+    return int(torch.get_num_threads()) if torch is not None and hasattr(torch, "get_num_threads") else 0
+
+
+def is_torch(array: Any) -> bool:
+    """Tell whether `array` is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, getattr(torch, "Tensor", ()))
+
+
+def call(op: str, *args: Any) -> Any:
+    """Run operator `op` on `args` (inputs in schema order, outputs left out) and return its outputs.
+
+    Arrays are all NumPy or all torch (one device); strides are arbitrary. One output is returned as
+    such, several as a tuple. No gradient flows through; see `semisam.losses` for what has one.
+
+    Raises TypeError for mixed kinds and wrong dtypes, ValueError for wrong shapes and values,
+    NotImplementedError where the device has no such operator.
+
+    >>> import numpy as np
+    >>> from semisam import ops
+    >>> float(ops.call("mask_logits", np.full((1, 4, 4, 4), 0.5, np.float32), 1, 1, 1)[0, 0, 0, 0])
+    0.0
+    """
+    arrays = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,)) if _is_array(a)]
+    on_torch = [is_torch(a) for a in arrays]
+    if any(on_torch) and not all(on_torch):
+        raise TypeError(f"{op}(): expected all arrays to be NumPy arrays or all torch tensors, got a mixture")
+    if any(on_torch):
+        return _torch_call(op, args)
+    inputs = [_contiguous(a) for a in args]
+    outputs: list[Any] = [np.empty(shape, _NUMPY[dtype]) for shape, dtype in output_specs(op, inputs)]
+    _raw(op, inputs, outputs)
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _is_array(a: Any) -> bool:
+    return not isinstance(a, (int, float, str, type(None), np.generic))
+
+
+def _contiguous(a: Any) -> Any:
+    if isinstance(a, np.ndarray):
+        return np.ascontiguousarray(a) if a.ndim else a
+    if isinstance(a, (list, tuple)):
+        return [_contiguous(v) for v in a]
+    return a
+
+
+def _raw(op: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Interleave inputs and outputs as the schema has them, and run."""
+    given, made = iter(inputs), iter(outputs)
+    in_order = [next(made if arg.kind == "out" else given) for arg in SCHEMA[op]]
+    getattr(_core, op)(*in_order, get_num_threads())
+
+
+# ---- shapes and dtypes of outputs ---------------------------------------------------------------
+
+
+def output_specs(op: str, inputs: Sequence[Any]) -> list[tuple[tuple[int, ...], str]]:
+    """Return shape and dtype name of every output, from the schema and the inputs alone."""
+    args = SCHEMA[op]
+    given = [arg for arg in args if arg.kind != "out"]
+    if len(given) != len(inputs):
+        names = ", ".join(arg.name for arg in given)
+        raise TypeError(f"{op}(): expected {len(given)} arguments ({names}), got {len(inputs)}")
+    sizes: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
+    for arg, value in zip(given, inputs, strict=True):
+        first = value[0] if arg.kind == "list" and len(value) else value
+        by_name[arg.name] = first
+        if arg.kind == "int":
+            sizes[arg.name] = value
+        elif arg.kind in ("in", "opt", "list") and first is not None and hasattr(first, "shape"):
+            _bind(arg.shape, first.shape, sizes)
+    specs = []
+    for arg in args:
+        if arg.kind == "out":
+            shape: list[int] = []
+            for word in arg.shape.split():
+                if word.endswith("*"):
+                    shape.extend(sizes.get("*", ()))
+                else:
+                    # A name without a size means a wrong input, which the core's checks will name.
+                    shape.append(int(word) if word.isdigit() else sizes.get(word, 0))
+            specs.append((tuple(shape), _output_dtype(arg.dtype, by_name)))
+    return specs
+
+
+def _bind(spec: str, shape: Sequence[int], sizes: dict[str, Any]) -> None:
+    for d, word in enumerate(spec.split()):
+        if word.endswith("*"):
+            sizes.setdefault("*", tuple(shape[d:]))
+        elif d < len(shape):
+            sizes.setdefault(word, shape[d])
+
+
+def _output_dtype(expression: str, by_name: dict[str, Any]) -> str:
+    if expression.startswith("="):
+        return dtype_name(by_name[expression[1:]])
+    if expression.startswith("acc="):
+        return "f64" if dtype_name(by_name[expression[4:]]) == "f64" else "f32"
+    return expression
+
+
+_SHORT = {"float": "f", "int": "i", "uint": "u", "bfloat": "bf"}
+
+
+def dtype_name(array: Any) -> str:
+    """Return the schema's name of an array's dtype, such as f32; the plain name if it has none."""
+    name = str(getattr(array, "dtype", "")).removeprefix("torch.")
+    letters = name.rstrip("0123456789")
+    return _SHORT.get(letters, letters) + name[len(letters) :]
+
+
+# ---- torch --------------------------------------------------------------------------------------
+
+_library: Any = None
+
+
+def _torch_call(op: str, args: Sequence[Any]) -> Any:
+    torch: Any = sys.modules["torch"]
+    register()
+    plain = [_plain(a, torch) for a in args]
+    return getattr(torch.ops.semisam, op)(*plain)
+
+
+def _plain(a: Any, torch: Any) -> Any:
+    """Strip tensor subclasses (MONAI's MetaTensor) and the graph."""
+    if isinstance(a, torch.Tensor):
+        a = a.detach()
+        return a if type(a) is torch.Tensor else a.as_subclass(torch.Tensor)
+    if isinstance(a, (list, tuple)):
+        return [_plain(v, torch) for v in a]
+    return a
+
+
+def register() -> None:
+    """Define every operator in torch.library, once; called when a tensor first arrives."""
+    global _library  # noqa: PLW0603  (torch wants one library object alive for the whole process)
+    if _library is not None:
+        return
+    torch: Any = importlib.import_module("torch")
+    _library = torch.library.Library("semisam", "DEF")
+    words = {
+        "in": "Tensor {}",
+        "opt": "Tensor? {}",
+        "list": "Tensor[] {}",
+        "int": "SymInt {}",
+        "dbl": "float {}",
+        "dbls": "float[] {}",
+    }
+    for op, args in SCHEMA.items():
+        inputs = ", ".join(words[arg.kind].format(arg.name) for arg in args if arg.kind != "out")
+        results = ["Tensor" for arg in args if arg.kind == "out"]
+        output = results[0] if len(results) == 1 else f"({', '.join(results)})"
+        _library.define(f"{op}({inputs}) -> {output}")
+        for key in ("CPU", "CUDA"):
+            _library.impl(op, _torch_kernel(op, torch), key)
+        torch.library.register_fake(f"semisam::{op}", _torch_fake(op, torch), lib=_library)
+
+
+def _torch_dtypes(torch: Any) -> dict[str, torch.dtype]:
+    return {
+        **{name: getattr(torch, np.dtype(kind).name) for name, kind in _NUMPY.items()},
+        "bf16": torch.bfloat16,
+    }
+
+
+def _torch_kernel(op: str, torch: Any) -> Any:
+    dtypes = _torch_dtypes(torch)
+
+    def contiguous(a: Any) -> Any:
+        if isinstance(a, torch.Tensor):
+            return a.contiguous()
+        return [contiguous(v) for v in a] if isinstance(a, (list, tuple)) else a
+
+    def kernel(*args: Any) -> Any:
+        inputs = [contiguous(a) for a in args]
+        device = _device(inputs, torch)
+        outputs = []
+        for shape, dtype in output_specs(op, inputs):
+            out = torch.empty(shape, dtype=dtypes[dtype], device=device)
+            if device.type == "cpu" and out.nbytes >= _HUGE:
+                _core.advise_huge(out)
+            outputs.append(out)
+        _raw(op, inputs, outputs)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    return kernel
+
+
+def _torch_fake(op: str, torch: Any) -> Any:
+    dtypes = _torch_dtypes(torch)
+
+    def fake(*args: Any) -> Any:
+        device = _device(args, torch)
+        outputs = [
+            torch.empty(shape, dtype=dtypes[dtype], device=device) for shape, dtype in output_specs(op, args)
+        ]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    return fake
+
+
+def _device(args: Sequence[Any], torch: Any) -> Any:
+    for a in args:
+        for v in a if isinstance(a, (list, tuple)) else (a,):
+            if isinstance(v, torch.Tensor):
+                return v.device
+    return torch.device("cpu")
+
+
+if "torch" in sys.modules:
+    register()  # now rather than inside somebody's torch.compile

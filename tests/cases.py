@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""THE table: every operator with the inputs that tests and benchmarks run it on.
+
+A `Case` makes an operator's inputs in schema order as NumPy arrays (floating ones in float64; they
+are cast to the dtype under test) and states how far a result may be from `semisam.reference`:
+`atol + rtol * |reference|` per output. Integer outputs must be equal. The reference always sees the
+cast inputs in float64, so a tolerance measures the kernel alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+FLOATS = ("f16", "bf16", "f32", "f64")
+Inputs = Callable[[np.random.Generator], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    name: str
+    inputs: Inputs
+    dtypes: tuple[str, ...] = ("f32",)  # of the floating inputs; () if there are none
+    atol: float = 0.0
+    rtol: float = 0.0
+    why: str = ""  # where the tolerance comes from
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def _prob(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.random(shape)
+
+
+CASES: list[Case] = []
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+_ROUNDING = "one rounding of a float64 result to float32, and log(m) - log1p(-m) near m = 1/2"
+CASES += [
+    Case("mask_logits", "3d", lambda r: (_prob(r, 2, 16, 20, 12), 4, 5, 3), FLOATS, 1e-6, 1e-6, _ROUNDING),
+    Case("mask_logits", "uneven", lambda r: (_prob(r, 1, 7, 11, 13), 3, 4, 5), FLOATS, 1e-6, 1e-6, _ROUNDING),
+    Case(
+        "mask_logits",
+        "clipped",
+        lambda r: (np.round(_prob(r, 1, 4, 8, 8)), 2, 4, 4),
+        FLOATS,
+        1e-6,
+        1e-6,
+        _ROUNDING,
+    ),
+]
+
+# ---- losses -------------------------------------------------------------------------------------
+
+# ---- fusion -------------------------------------------------------------------------------------
+
+# ---- distances and components -------------------------------------------------------------------
+
+# ---- metrics ------------------------------------------------------------------------------------
+
+# ---- random walker ------------------------------------------------------------------------------
+
+# ==== speed ======================================================================================
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One line of the benchmark: what to run, who to compare with, and what was promised.
+
+    `make` builds the data once; `ours(data)` is a call of the public interface; `peers` names
+    functions of `benchmarks/peers.py`, called with the same data. `moved(data)` is the least number
+    of bytes that any program must read and write. `targets` maps a peer's name, or "best" (the
+    fastest peer), to the least wanted ratio, and "floor" to the largest wanted multiple of
+    moved / bandwidth. `error(ours, peer)` measures how far two results are apart.
+    """
+
+    name: str
+    make: Callable[[np.random.Generator], Any]
+    ours: Callable[[Any], Any]
+    peers: tuple[str, ...]
+    moved: Callable[[Any], int]
+    targets: dict[str, float]
+    error: Callable[[Any, Any], float] | None = None
+    repeat: int = 7
+
+
+SPEEDS: list[Speed] = []
+
+
+def _ours(path: str, *args: Any, **kwargs: Any) -> Any:
+    """Call semisam.<module>.<function>; imported late so that the table itself needs NumPy only."""
+    module, function = path.split(".")
+    return getattr(importlib.import_module(f"semisam.{module}"), function)(*args, **kwargs)
+
+
+def _torch(a: np.ndarray) -> Any:
+    return importlib.import_module("torch").from_numpy(a)
+
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+SPEEDS += [
+    Speed(
+        "mask_logits 2x128^3 -> 32^3",
+        lambda r: _torch(r.random((2, 128, 128, 128), np.float32)),
+        lambda p: _ours("prompts.mask_logits", p, (32, 32, 32)),
+        ("mask_logits_torch",),
+        lambda p: p.nbytes + 2 * 32**3 * 4,
+        {},
+        lambda a, b: float((a - b).abs().max()),
+    ),
+]
+
+# ---- losses -------------------------------------------------------------------------------------
+
+# ---- fusion -------------------------------------------------------------------------------------
+
+# ---- distances and components -------------------------------------------------------------------
+
+# ---- metrics ------------------------------------------------------------------------------------
+
+# ---- random walker ------------------------------------------------------------------------------
