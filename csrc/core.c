@@ -134,6 +134,7 @@ static uint32_t word_set(const char *word, size_t length) {
 /* ---- one call's checks ---------------------------------------------------------------------- */
 
 #define MAX_NAMES 24
+#define POOL (2 * SS_MAX_LIST) /* views of all lists of one call together */
 
 typedef struct check {
     ss_exec *x;
@@ -145,6 +146,8 @@ typedef struct check {
     int32_t names;
     int64_t star[SS_MAX_DIMS]; /* what "S*" stands for */
     int32_t stars;             /* -1: not bound yet */
+    ss_tensor *views;          /* POOL of them: flattened copies of what lists hold */
+    int32_t used;
 } check;
 
 #if defined(__GNUC__)
@@ -365,20 +368,27 @@ static ss_status check_tensor(check *c, const char *label, ss_tensor *t, const s
     return check_shape(c, label, t, spec->shape);
 }
 
+/* Checks copies of the list's views, since the caller's own must not come out flattened. */
 static ss_status check_list(check *c, ss_list *list, const ss_arg_spec *spec) {
     if (list->n < (spec->dtype[0] == '?' ? 0 : 1) || list->n > SS_MAX_LIST) {
         return refuse(c, SS_INVALID, spec->name, "expected 1 to %d arrays, got %lld", SS_MAX_LIST,
                       (long long)list->n);
     }
+    if (c->used + list->n > POOL) {
+        return refuse(c, SS_INVALID, spec->name, "expected at most %d arrays in all lists", POOL);
+    }
+    ss_tensor *views = c->views + c->used;
+    c->used += (int32_t)list->n;
     for (int64_t i = 0; i < list->n; ++i) {
         char label[64];
         snprintf(label, sizeof label, "%s[%lld]", spec->name, (long long)i);
-        /* The caller's array of views is ours to change for this call: shapes come out flat. */
-        ss_status status = check_tensor(c, label, (ss_tensor *)(uintptr_t)&list->at[i], spec);
+        views[i] = list->at[i];
+        ss_status status = check_tensor(c, label, &views[i], spec);
         if (status != SS_OK) {
             return status;
         }
     }
+    list->at = views;
     return SS_OK;
 }
 
@@ -432,8 +442,8 @@ static int is_absent(const char *p, const ss_arg_spec *spec) {
     return spec->kind == SS_KIND_OPT && t->data == NULL && t->ndim == 0;
 }
 
-static ss_status check_all(ss_exec *x, const ss_op_spec *op, void *args) {
-    check c = {.x = x, .op = op, .base = args, .stars = -1};
+static ss_status check_all(ss_exec *x, const ss_op_spec *op, void *args, ss_tensor *views) {
+    check c = {.x = x, .op = op, .base = args, .stars = -1, .views = views};
     /* Numbers first: their names are sizes of outputs that may come earlier in the list. */
     for (int32_t pass = 0; pass < 2; ++pass) {
         char *p = c.base;
@@ -505,7 +515,8 @@ ss_status ss_run(ss_exec *x, int32_t op, void *args) {
         snprintf(x->error, sizeof x->error, "operator %d does not exist", (int)op);
         return SS_INVALID;
     }
-    ss_status status = check_all(x, &specs[op], args);
+    ss_tensor views[POOL];
+    ss_status status = check_all(x, &specs[op], args, views);
     if (status != SS_OK) {
         return status;
     }
