@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example in the README and in the docstrings runs as printed."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import semisam
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+MODULES = sorted(m.name for m in pkgutil.iter_modules(semisam.__path__) if m.name not in ("_core", "__main__"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(f"semisam.{name}")
+    assert doctest.testmod(module, optionflags=OPTIONS).failed == 0
+
+
+def test_readme_examples():
+    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=OPTIONS)
+    assert result.attempted > 20
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if not m.startswith("_") and m not in ("reference", "cli")])
+def test_public_functions_have_an_example(name):
+    module = importlib.import_module(f"semisam.{name}")
+    for public in module.__all__:
+        thing = getattr(module, public)
+        if inspect.isfunction(thing) or inspect.isclass(thing):
+            doc = inspect.getdoc(thing) or ""
+            assert ">>>" in doc or issubclass(type(thing), type(tuple)) and thing.__name__ == "Arg", (
+                f"semisam.{name}.{public} has no example"
+            )
