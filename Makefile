@@ -90,14 +90,14 @@ install: lib
 # ---- C tests ----------------------------------------------------------------------------------------
 
 CTESTS := $(patsubst tests/core/%.c,%,$(wildcard tests/core/test_*.c))
-# test_runtime and test_memory make these fail on purpose.
-WRAP := -Wl,--wrap=posix_memalign,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=pthread_create
+# These two make system calls fail on purpose.
+$(OBJ)/tests/test_memory $(OBJ)/tests/test_runtime: WRAP := -Wl,--wrap=posix_memalign,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=pthread_create
 export ASAN_OPTIONS ?= detect_leaks=1
 export UBSAN_OPTIONS ?= print_stacktrace=1
 
 $(OBJ)/tests/%: tests/core/%.c tests/core/check.h $(wildcard tests/core/*.h) $(OBJECTS)
 	@mkdir -p $(@D)
-	$(CC) $(ALL_CFLAGS) $(DEFINES) -Icsrc -o $@ $< $(OBJECTS) $(WRAP) -pthread -lm
+	$(CC) $(ALL_CFLAGS) $(DEFINES) -Wconversion -Werror -Icsrc -o $@ $< $(OBJECTS) $(WRAP) -pthread -lm
 
 .PHONY: ctest ctest-one
 ctest-one: $(CTESTS:%=$(OBJ)/tests/%)
