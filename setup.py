@@ -49,7 +49,7 @@ class BuildCore(build_ext):
             return
         jobs = [("base", source) for source in ext.sources]
         jobs += [(isa, source) for isa in ISAS for source in KERNELS]
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "0")) or os.cpu_count()) as pool:
             ext.extra_objects += pool.map(lambda job: self.compile_one(ext, *job), jobs)
         sources, ext.sources, self.force = ext.sources, [], True
         try:
