@@ -260,10 +260,11 @@ def test_dtypes_without_a_name_in_the_core(dtype):
     refuses(TypeError, text, array, 1, 1, 1, out())
 
 
-INTEGERS = dict(zip("?BbHhIiLlQq", "bool u8 i8 u16 i16 u32 i32 u64 i64 u64 i64".split(), strict=True))
+CODES = ["?", "B", "b", "H", "h", "I", "i", "L", "l", "Q", "q"]
+NAMES = ["bool", "u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64", "u64", "i64"]
 
 
-@pytest.mark.parametrize(("dtype", "name"), INTEGERS.items())
+@pytest.mark.parametrize(("dtype", "name"), zip(CODES, NAMES, strict=True))
 def test_every_integer_dtype_has_its_name(dtype, name):
     text = f"mask_logits(): prob: expected dtype f16, bf16, f32, f64, got {name}"
     refuses(TypeError, text, np.zeros((1, 2, 2, 2), dtype), 1, 1, 1, out())
