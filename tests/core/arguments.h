@@ -22,11 +22,13 @@ typedef struct arguments {
     const ss_op_spec *spec;
     int32_t op;
     int wild;
+    int probabilities; /* floating values stay in 0..1 */
     uint64_t state;
     char *slots;
     void *buffer[MOST_BUFFERS];
     size_t bytes[MOST_BUFFERS];
     int is_output[MOST_BUFFERS];
+    int32_t dtype[MOST_BUFFERS];
     int buffers;
     const char *name[MOST_ARGS];
     size_t length[MOST_ARGS];
@@ -151,7 +153,7 @@ static inline double wild_number(arguments *a) {
 static inline void fill(arguments *a, void *data, int32_t dtype, size_t n) {
     static const double scales[] = {1.0, 1.0, 20.0};
     size_t size = ss_dtype_size(dtype);
-    double scale = scales[below(a, 3)];
+    double scale = a->probabilities ? 1.0 : scales[below(a, 3)];
     uint64_t labels = 1 + below(a, 3); /* 0; 0, 1; 0, 1, 2 */
     double odd = a->wild && below(a, 2) ? 0.1 : 0.0;
     for (size_t i = 0; i < n; ++i) {
@@ -225,6 +227,7 @@ static inline void put_tensor(arguments *a, ss_tensor *t, const ss_arg_spec *spe
     }
     int is_output = spec->kind == SS_KIND_OUT;
     t->data = buffer(a, (size_t)n * ss_dtype_size(dtype), is_output);
+    a->dtype[a->buffers - 1] = dtype;
     if (!is_output) {
         fill(a, t->data, dtype, (size_t)n);
     }
@@ -268,6 +271,10 @@ static inline void put_list(arguments *a, char *p, const ss_arg_spec *spec) {
     memcpy(p, &list, sizeof list);
 }
 
+/* ---- what the schema cannot say ------------------------------------------------------------- */
+
+#include "recipes.h"
+
 /* ---- one set of arguments ------------------------------------------------------------------- */
 
 static inline int is_number(const ss_arg_spec *spec) {
@@ -297,6 +304,7 @@ static inline void make_arguments(arguments *a, int32_t op, uint64_t seed, int w
                 }
             }
         }
+        use_recipe(a, pass);
     }
 }
 
@@ -328,10 +336,31 @@ static inline ss_status run_arguments(ss_exec *x, const arguments *a) {
     return status;
 }
 
+/* Which NaN it is (sign, payload) may differ between instruction sets: make all of them one. */
+static inline void unify_nans(void *data, int32_t dtype, size_t bytes) {
+    size_t n = bytes / (ss_dtype_size(dtype) ? ss_dtype_size(dtype) : 1);
+    uint16_t *h = data;
+    float *f = data;
+    double *d = data;
+    for (size_t i = 0; i < n; ++i) {
+        if ((dtype == SS_F16 && isnan(ss_f16_f32(h[i]))) ||
+            (dtype == SS_BF16 && isnan(ss_bf16_f32(h[i])))) {
+            h[i] = 0x7fff;
+        } else if (dtype == SS_F32 && isnan(f[i])) {
+            f[i] = NAN;
+        } else if (dtype == SS_F64 && isnan(d[i])) {
+            d[i] = (double)NAN;
+        }
+    }
+}
+
 /* A hash of all outputs, or of all inputs. */
 static inline uint64_t hash_arguments(const arguments *a, int outputs) {
     uint64_t h = 14695981039346656037u;
     for (int i = 0; i < a->buffers; ++i) {
+        if (outputs && a->is_output[i]) {
+            unify_nans(a->buffer[i], a->dtype[i], a->bytes[i]);
+        }
         for (size_t k = 0; a->is_output[i] == outputs && k < a->bytes[i]; ++k) {
             h = (h ^ ((const unsigned char *)a->buffer[i])[k]) * 1099511628211u;
         }
