@@ -327,6 +327,13 @@ static ss_status check_shape(check *c, const char *label, ss_tensor *t, const ch
 }
 
 static ss_status check_tensor(check *c, const char *label, ss_tensor *t, const ss_arg_spec *spec) {
+    if (t->ndim < 0 || t->ndim > SS_MAX_DIMS) {
+        return refuse(c, SS_INVALID, label, "expected at most %d dimensions, got %d", SS_MAX_DIMS,
+                      (int)t->ndim);
+    }
+    if (t->data == NULL && ss_count(t) != 0) {
+        return refuse(c, SS_INVALID, label, "expected an array, got nothing");
+    }
     uint32_t set = dtype_set(c, spec->dtype);
     char text[128];
     if (t->dtype < 0 || t->dtype >= SS_DTYPES || !(set & bit(t->dtype))) {
@@ -339,10 +346,6 @@ static ss_status check_tensor(check *c, const char *label, ss_tensor *t, const s
         return refuse(c, SS_INVALID, label, "expected a tensor on device %d:%d, got %d:%d",
                       (int)c->x->device, (int)c->x->device_index, (int)t->device,
                       (int)t->device_index);
-    }
-    if (t->ndim < 0 || t->ndim > SS_MAX_DIMS) {
-        return refuse(c, SS_INVALID, label, "expected at most %d dimensions, got %d", SS_MAX_DIMS,
-                      (int)t->ndim);
     }
     int64_t n = ss_count(t);
     if (n < 0 || n > INT64_MAX / 8) {
@@ -379,6 +382,9 @@ static ss_status check_list(check *c, ss_list *list, const ss_arg_spec *spec) {
     }
     ss_tensor *views = c->views + c->used;
     c->used += (int32_t)list->n;
+    if (list->n > 0 && list->at == NULL) {
+        return refuse(c, SS_INVALID, spec->name, "expected arrays, got nothing");
+    }
     for (int64_t i = 0; i < list->n; ++i) {
         char label[64];
         snprintf(label, sizeof label, "%s[%lld]", spec->name, (long long)i);
@@ -421,19 +427,17 @@ static ss_status check_slot(check *c, char *p, const ss_arg_spec *spec) {
         return check_number(c, *(double *)(void *)p, spec);
     case SS_KIND_DBLS: {
         const ss_doubles *v = (const ss_doubles *)(const void *)p;
+        if (v->n > 0 && v->at == NULL) {
+            return refuse(c, SS_INVALID, spec->name, "expected numbers, got nothing");
+        }
         if (v->n >= 0 && (double)v->n <= spec->hi) {
             return SS_OK;
         }
         return refuse(c, SS_INVALID, spec->name, "expected at most %.0f numbers, got %lld",
                       spec->hi, (long long)v->n);
     }
-    default: {
-        ss_tensor *t = (ss_tensor *)(void *)p;
-        if (t->data == NULL && ss_count(t) != 0) {
-            return refuse(c, SS_INVALID, spec->name, "expected an array, got nothing");
-        }
-        return check_tensor(c, spec->name, t, spec);
-    }
+    default:
+        return check_tensor(c, spec->name, (ss_tensor *)(void *)p, spec);
     }
 }
 

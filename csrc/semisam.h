@@ -28,10 +28,12 @@ extern "C" {
 #define SS_MAX_LIST 128 /* tensors in one list argument */
 #define SS_MAX_THREADS 256
 
+#ifndef SS_API /* empty where the core is part of something else, such as the Python extension */
 #if defined(__GNUC__)
 #define SS_API __attribute__((visibility("default")))
 #else
 #define SS_API
+#endif
 #endif
 
 typedef enum ss_dtype {

@@ -166,22 +166,27 @@ static PyObject *raise_status(ss_status status, const char *text) {
 
 /* What may follow the schema's own arguments: the thread count, and an instruction set by name. */
 static int put_options(call *c, PyObject *const *args, Py_ssize_t n) {
+    static const ss_arg_spec spec = {.name = "threads", .kind = SS_KIND_INT};
     if (n > 0) {
-        long threads = PyLong_AsLong(args[0]);
-        if (threads == -1 && PyErr_Occurred()) {
+        int64_t threads = 0;
+        if (put_int(c, &spec, args[0], &threads) < 0) {
             return -1;
         }
         if (threads < 0 || threads > SS_MAX_THREADS) {
-            PyErr_Format(PyExc_ValueError, "%s(): threads: expected 0 (automatic) to %d, got %ld",
-                         c->op->name, SS_MAX_THREADS, threads);
+            PyErr_Format(PyExc_ValueError, "%s(): threads: expected 0 (automatic) to %d, got %lld",
+                         c->op->name, SS_MAX_THREADS, (long long)threads);
             return -1;
         }
         c->x.threads = (int32_t)threads;
     }
     if (n > 1 && args[1] != Py_None) {
-        PyObject *bytes = PyUnicode_AsASCIIString(args[1]);
-        int failed = !bytes || PyList_Append(c->keep, bytes) < 0;
-        Py_XDECREF(bytes);
+        PyObject *bytes = PyUnicode_Check(args[1]) ? PyUnicode_AsUTF8String(args[1]) : NULL;
+        if (!bytes) {
+            PyErr_Clear();
+            return bad_type(c, "isa", "a name such as v3", args[1]);
+        }
+        int failed = PyList_Append(c->keep, bytes) < 0;
+        Py_DECREF(bytes);
         if (failed) {
             return -1;
         }
