@@ -24,6 +24,9 @@
 #include <immintrin.h>
 #endif
 
+/* Sources that are added in one sweep over the sums. */
+#define GROUP 4
+
 enum { UNC_VAR, UNC_ENT, UNC_MI };
 enum { WEIGHT_EXP, WEIGHT_LINEAR, WEIGHT_GATE, WEIGHT_CONF, WEIGHT_NONE };
 
@@ -86,6 +89,8 @@ static void store_fence(void) {
 #define REAL float
 #define FN(x) x##_f32
 #define REAL_EXP ss_expf
+#define REAL_EXP2 ss_exp2_bounded
+#define REAL_SIGMOID ss_sigmoidf
 #define REAL_LOG ss_logf
 #define REAL_DTYPE SS_F32
 #define REAL_LOAD ss_load_f32
@@ -93,6 +98,8 @@ static void store_fence(void) {
 #undef REAL
 #undef FN
 #undef REAL_EXP
+#undef REAL_EXP2
+#undef REAL_SIGMOID
 #undef REAL_LOG
 #undef REAL_DTYPE
 #undef REAL_LOAD
@@ -105,9 +112,15 @@ static inline const double *in_place_f64(const ss_tensor *t, int64_t offset, int
     return (const double *)t->data + offset;
 }
 
+static inline double one_sigmoid(double x) {
+    return 1.0 / (1.0 + exp(-x));
+}
+
 #define REAL double
 #define FN(x) x##_f64
 #define REAL_EXP exp
+#define REAL_EXP2 exp2
+#define REAL_SIGMOID one_sigmoid
 #define REAL_LOG log
 #define REAL_DTYPE SS_F64
 #define REAL_LOAD in_place_f64
@@ -231,7 +244,7 @@ static void lay_out(plan *f) {
     f->blocks = (f->V + f->n - 1) / f->n;
     f->stream = f->B * f->V * 4 >= 1 << 20;
     int wide = a->sources.at[0].dtype == SS_F64;
-    f->area_bytes = (5 * f->L + 10) * f->n * (wide ? 8 : 4);
+    f->area_bytes = ((4 + GROUP) * f->L + 10) * f->n * (wide ? 8 : 4);
 }
 
 ss_status SS_CPU(fuse)(ss_exec *x, const ss_fuse_args *a) {

@@ -14,13 +14,21 @@ typedef struct FN(rows) {
 
 /* One thread's block-sized areas. */
 typedef struct FN(area) {
-    REAL *ref_u, *ref_l, *source; /* L rows each: used where a source must be converted */
-    REAL *mu, *mean;              /* L rows each */
+    REAL *ref_u, *ref_l;     /* L rows each: used where a source must be converted */
+    REAL *source;            /* GROUP x L rows, likewise */
+    REAL *mu, *mean;         /* L rows each */
     REAL *spread, *h, *h_ref;     /* sum r d^2, or sum r (H - H_ref); entropies */
     REAL *u, *conf, *label, *weight;
     REAL *tmp; /* 2 rows */
     uint8_t *bytes;
 } FN(area);
+
+/* Sources waiting to be added to one of the means. */
+typedef struct FN(group) {
+    int count;
+    REAL r[GROUP];
+    FN(rows) p[GROUP];
+} FN(group);
 
 static inline REAL FN(keep)(REAL x, REAL lo, REAL hi) {
     x = x < lo ? lo : x; /* NaN stays */
@@ -32,7 +40,7 @@ static inline REAL FN(keep)(REAL x, REAL lo, REAL hi) {
 static void FN(sigmoid)(int64_t n, const REAL *restrict z, REAL *restrict p) {
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        p[i] = (REAL)1 / ((REAL)1 + REAL_EXP(-z[i]));
+        p[i] = z[i] == z[i] ? REAL_SIGMOID(z[i]) : z[i];
     }
 }
 
@@ -42,7 +50,7 @@ static void FN(softmax2)(int64_t n, const REAL *restrict z0, const REAL *restric
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
         REAL m = z0[i] > z1[i] ? z0[i] : z1[i];
-        p[i] = (REAL)1 / ((REAL)1 + REAL_EXP(z0[i] - z1[i])) + (m - m);
+        p[i] = REAL_SIGMOID(z1[i] - z0[i]) + (m - m);
     }
 }
 
@@ -127,6 +135,7 @@ static void FN(add_mean)(int64_t n, REAL r, const REAL *restrict p, const REAL *
     }
 }
 
+/* sum += r (p - ref), squares += r (p - ref)^2 */
 static void FN(add_spread)(int64_t n, REAL r, const REAL *restrict p, const REAL *restrict ref,
                            REAL *restrict sum, REAL *restrict squares) {
     SS_SIMD
@@ -136,6 +145,64 @@ static void FN(add_spread)(int64_t n, REAL r, const REAL *restrict p, const REAL
         sum[i] += t;
         squares[i] += t * d;
     }
+}
+
+/* The same for a whole group, source after source: sums stay in registers. */
+static void FN(add_mean4)(int64_t n, const REAL *r, const REAL *const *p, const REAL *restrict ref,
+                          REAL *restrict sum) {
+    const REAL r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
+    const REAL *p0 = p[0], *p1 = p[1], *p2 = p[2], *p3 = p[3];
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        REAL m = sum[i] + r0 * (p0[i] - ref[i]);
+        m += r1 * (p1[i] - ref[i]);
+        m += r2 * (p2[i] - ref[i]);
+        m += r3 * (p3[i] - ref[i]);
+        sum[i] = m;
+    }
+}
+
+static void FN(add_spread4)(int64_t n, const REAL *r, const REAL *const *p,
+                            const REAL *restrict ref, REAL *restrict sum, REAL *restrict squares) {
+    const REAL r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
+    const REAL *p0 = p[0], *p1 = p[1], *p2 = p[2], *p3 = p[3];
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        REAL d0 = p0[i] - ref[i], d1 = p1[i] - ref[i], d2 = p2[i] - ref[i], d3 = p3[i] - ref[i];
+        REAL t0 = r0 * d0, t1 = r1 * d1, t2 = r2 * d2, t3 = r3 * d3;
+        sum[i] = sum[i] + t0 + t1 + t2 + t3;
+        squares[i] = squares[i] + t0 * d0 + t1 * d1 + t2 * d2 + t3 * d3;
+    }
+}
+
+/* Adds and empties a group; `squares` NULL: the mean alone. */
+static void FN(flush)(const plan *f, int64_t n, FN(group) * g, FN(rows) ref, REAL *sum,
+                      REAL *squares) {
+    for (int64_t c = 0; c < f->L && g->count; ++c) {
+        const REAL *at = ref.at + c * ref.step;
+        const REAL *p[GROUP] = {0};
+        for (int k = 0; k < g->count; ++k) {
+            p[k] = g->p[k].at + c * g->p[k].step;
+        }
+        if (g->count == GROUP && squares) {
+            FN(add_spread4)(n, g->r, p, at, sum + c * f->n, squares);
+        } else if (g->count == GROUP) {
+            FN(add_mean4)(n, g->r, p, at, sum + c * f->n);
+        }
+        for (int k = 0; k < g->count && g->count < GROUP; ++k) {
+            if (squares) {
+                FN(add_spread)(n, g->r[k], p[k], at, sum + c * f->n, squares);
+            } else {
+                FN(add_mean)(n, g->r[k], p[k], at, sum + c * f->n);
+            }
+        }
+    }
+    g->count = 0;
+}
+
+static inline void FN(push)(FN(group) * g, double r, FN(rows) p) {
+    g->r[g->count] = (REAL)r;
+    g->p[g->count++] = p;
 }
 
 static void FN(shift_back)(int64_t n, const REAL *restrict ref, REAL *restrict sum) {
@@ -192,6 +259,16 @@ static void FN(scaled)(int64_t n, REAL scale, const REAL *restrict x, REAL *rest
     }
 }
 
+/* One row: u from the sums, and the mean in place of its sum. */
+static void FN(variance_binary)(int64_t n, REAL scale, const REAL *restrict ref, REAL *restrict sum,
+                                const REAL *restrict squares, REAL *restrict u) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        u[i] = FN(keep)((squares[i] - sum[i] * sum[i]) * scale, (REAL)0, (REAL)1);
+        sum[i] += ref[i];
+    }
+}
+
 static void FN(difference)(int64_t n, const REAL *restrict h, const REAL *restrict h_ref,
                            REAL *restrict spread) {
     SS_SIMD
@@ -243,10 +320,11 @@ static void FN(label_bytes)(int64_t n, const REAL *restrict label, uint8_t *rest
     }
 }
 
-static void FN(weight_exp)(int64_t n, REAL kappa, const REAL *restrict u, REAL *restrict w) {
+static void FN(weight_exp)(int64_t n, double kappa, const REAL *restrict u, REAL *restrict w) {
+    const REAL rate = (REAL)(kappa * -1.4426950408889634); /* of 2^ instead of e^ */
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        w[i] = REAL_EXP(-kappa * u[i]);
+        w[i] = u[i] == u[i] ? REAL_EXP2(u[i] * rate) : u[i];
     }
 }
 
@@ -306,36 +384,43 @@ static void FN(gather)(const plan *f, const sample *of, const FN(area) * w, int6
         *ref_l = FN(load)(f, of->ref_l, b, at, n, w->ref_l, w->tmp);
         memset(w->mean, 0, row * (size_t)f->L);
     }
+    FN(group) to_mu = {0};
+    FN(group) to_mean = {0};
+    REAL *squares = f->need_var ? w->spread : NULL;
+    int64_t loaded = 0;
     for (int64_t s = 0; s < f->S; ++s) {
-        REAL r_u = (REAL)of->r_unc[s];
-        REAL r_l = (REAL)of->r_lab[s];
-        int to_mu = (f->need_mu || of->same) && of->r_unc[s] > 0 && s != of->ref_u;
-        int to_mean = mean && of->r_lab[s] > 0 && s != of->ref_l;
-        if (!to_mu && !to_mean) {
+        int in_mu = (f->need_mu || of->same) && of->r_unc[s] > 0 && s != of->ref_u;
+        int in_mean = mean && of->r_lab[s] > 0 && s != of->ref_l;
+        if (!in_mu && !in_mean) {
             continue;
         }
-        FN(rows) p = FN(load)(f, s, b, at, n, w->source, w->tmp);
-        for (int64_t c = 0; c < f->L; ++c) {
-            const REAL *pc = p.at + c * p.step;
-            if (to_mu && f->need_var) {
-                FN(add_spread)(n, r_u, pc, ref_u->at + c * ref_u->step, w->mu + c * f->n,
-                               w->spread);
-            } else if (to_mu) {
-                FN(add_mean)(n, r_u, pc, ref_u->at + c * ref_u->step, w->mu + c * f->n);
-            }
-            if (to_mean) {
-                FN(add_mean)(n, r_l, pc, ref_l->at + c * ref_l->step, w->mean + c * f->n);
-            }
+        FN(rows) p = FN(load)(f, s, b, at, n, w->source + loaded * f->L * f->n, w->tmp);
+        if (in_mu) {
+            FN(push)(&to_mu, of->r_unc[s], p);
         }
-        if (to_mu && f->need_mi) {
+        if (in_mean) {
+            FN(push)(&to_mean, of->r_lab[s], p);
+        }
+        if (in_mu && f->need_mi) {
             FN(entropy)(f, n, p, w->h);
-            FN(add_mean)(n, r_u, w->h, w->h_ref, w->spread);
+            FN(add_mean)(n, (REAL)of->r_unc[s], w->h, w->h_ref, w->spread);
+        }
+        if (++loaded == GROUP) {
+            FN(flush)(f, n, &to_mu, *ref_u, w->mu, squares);
+            FN(flush)(f, n, &to_mean, *ref_l, w->mean, NULL);
+            loaded = 0;
         }
     }
+    FN(flush)(f, n, &to_mu, *ref_u, w->mu, squares);
+    FN(flush)(f, n, &to_mean, *ref_l, w->mean, NULL);
 }
 
 /* u from the sums; afterwards mu is the mean itself. */
 static void FN(doubt)(const plan *f, const FN(area) * w, int64_t n, FN(rows) ref_u) {
+    if (f->L == 1 && f->need_var) {
+        FN(variance_binary)(n, (REAL)f->scale, ref_u.at, w->mu, w->spread, w->u);
+        return;
+    }
     for (int64_t c = 0; c < f->L; ++c) {
         REAL *mu = w->mu + c * f->n;
         if (f->need_var) {
@@ -393,7 +478,7 @@ static void FN(decide)(const plan *f, const FN(area) * w, int64_t n, const REAL 
 static void FN(weigh)(const plan *f, const FN(area) * w, int64_t n) {
     switch (f->a->weighting) {
     case WEIGHT_EXP:
-        FN(weight_exp)(n, (REAL)f->a->kappa, w->u, w->weight);
+        FN(weight_exp)(n, f->a->kappa, w->u, w->weight);
         return;
     case WEIGHT_LINEAR:
         FN(weight_linear)(n, w->u, w->weight);
@@ -476,9 +561,9 @@ static void FN(blocks)(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const int64_t n = f->n;
     const int64_t wide = f->L * n;
     FN(area) w = {.ref_u = base, .ref_l = base + wide, .source = base + 2 * wide};
-    w.mu = base + 3 * wide;
-    w.mean = base + 4 * wide;
-    REAL *rest = base + 5 * wide;
+    w.mu = base + (2 + GROUP) * wide;
+    w.mean = base + (3 + GROUP) * wide;
+    REAL *rest = base + (4 + GROUP) * wide;
     w.spread = rest;
     w.h = rest + n;
     w.h_ref = rest + 2 * n;
