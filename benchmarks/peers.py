@@ -8,6 +8,11 @@ descriptions in the way that training scripts usually write them.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import numpy as np
+import torch
 import torch.nn.functional as F
 
 # ---- prompts ------------------------------------------------------------------------------------
@@ -20,6 +25,97 @@ def mask_logits_torch(prob):
 # ---- losses -------------------------------------------------------------------------------------
 
 # ---- fusion -------------------------------------------------------------------------------------
+
+_compiled: dict[str, Any] = {}
+
+
+def _compile(name, function):
+    """torch.compile, once per thread count (the generated loops fix it); ImportError if it cannot."""
+    key = f"{name} {torch.get_num_threads()}"
+    if key not in _compiled:
+        _compiled[key] = torch.compile(function, dynamic=False)
+
+    def run(data):
+        try:
+            return _compiled[key](data)
+        except Exception as e:
+            raise ImportError(f"torch.compile does not work here: {str(e).splitlines()[0]}") from e
+
+    return run
+
+
+def fuse_maps_torch(maps):
+    """Mean, normalised variance and exp(-4u) of foreground maps, as one writes it."""
+    p = torch.stack(maps)
+    mean = p.mean(0)
+    u = (4 * p.var(0, unbiased=False)).clamp(0, 1)
+    return mean, u[:, 0], torch.exp(-4 * u[:, 0])
+
+
+def _fuse_maps_sums(maps):
+    mean = sum(maps) / len(maps)
+    u = (4 * (sum(p * p for p in maps) / len(maps) - mean * mean)).clamp(0, 1)
+    return mean, u[:, 0], torch.exp(-4 * u[:, 0])
+
+
+def fuse_maps_compile(maps):
+    return _compile("fuse_maps", _fuse_maps_sums)(maps)
+
+
+def fuse_maps_numpy(maps):
+    p = np.stack([m.numpy() for m in maps])
+    u = np.clip(4 * p.var(0), 0, 1)[:, 0]
+    return p.mean(0), u, np.exp(-4 * u)
+
+
+def mc_entropy_torch(passes):
+    """UA-MT as published: softmaxes collected in one tensor, mean, entropy."""
+    preds = torch.zeros([len(passes), *passes[0].shape])
+    for i, z in enumerate(passes):
+        preds[i] = F.softmax(z, dim=1)
+    mean = preds.mean(0)
+    return -(mean * torch.log(mean + 1e-6)).sum(1)
+
+
+def _mc_entropy_sums(passes):
+    mean = sum(F.softmax(z, dim=1) for z in passes) / len(passes)
+    return -(mean * torch.log(mean + 1e-6)).sum(1)
+
+
+def mc_entropy_compile(passes):
+    return _compile("mc_entropy", _mc_entropy_sums)(passes)
+
+
+def _masked_mse(passes, z, q, entropy):
+    mask = (entropy < 0.75 * math.log(2)).float()
+    distance = (torch.softmax(z, 1) - q) ** 2
+    loss = (mask[:, None] * distance).sum() / (2 * mask.sum() + 1e-16)
+    return loss
+
+
+def uamt_torch(data):
+    passes, z, q = data
+    with torch.no_grad():
+        entropy = mc_entropy_torch(passes)
+    z = z.detach().requires_grad_()
+    loss = _masked_mse(passes, z, q, entropy)
+    loss.backward()
+    return loss.detach(), z.grad
+
+
+def uamt_compile(data):
+    passes, z, q = data
+    with torch.no_grad():
+        entropy = mc_entropy_compile(passes)
+    z = z.detach().requires_grad_()
+    loss = _compile("masked_mse", _masked_mse_only)((z, q, entropy))
+    loss.backward()
+    return loss.detach(), z.grad
+
+
+def _masked_mse_only(data):
+    return _masked_mse(None, *data)
+
 
 # ---- distances and components -------------------------------------------------------------------
 

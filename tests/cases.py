@@ -10,6 +10,7 @@ cast inputs in float64, so a tolerance measures the kernel alone.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,75 @@ CASES += [
 # ---- losses -------------------------------------------------------------------------------------
 
 # ---- fusion -------------------------------------------------------------------------------------
+
+_VAR, _ENT, _MI = range(3)
+_EXP, _LINEAR, _GATE, _CONF, _NONE = range(5)
+_SUMS = (
+    "float32: sums over S <= 10 numbers of at most 1 and differences of entropies of at most ln C, each "
+    "within a few eps = 6e-8; a map is scaled by at most 2 and a weight by kappa = 4. Half precision is "
+    "input only. The reference has the sources in float64, so float64 is far below that."
+)
+
+
+def _fuse(  # noqa: PLR0917
+    sources: list[np.ndarray],
+    unc: int = _VAR,
+    weighting: int = _EXP,
+    r_lab: Any = None,
+    r_unc: Any = None,
+    logits: int = 0,
+    tau: tuple[float, float] = (0.0, 1.0),
+    channels: int | None = None,
+    want: tuple[int, ...] = (1, 1, 1, 1, 1),
+    log_offset: float = 0.0,
+) -> tuple[Any, ...]:
+    s = len(sources)
+    lab = [1 / s] * s if r_lab is None else r_lab
+    doubt = lab if r_unc is None else r_unc
+    numbers = (4.0, *tau, log_offset, 255, channels or sources[0].shape[1])
+    return (sources, lab, doubt, logits, unc, weighting, *numbers, *want)
+
+
+def _simplex(rng: np.random.Generator, s: int, *shape: int, dim: int = 1) -> list[np.ndarray]:
+    """S distributions that mostly agree: one common logit map and some disagreement."""
+    common = 3 * rng.standard_normal(shape)
+    z = [np.exp(common + rng.standard_normal(shape)) for _ in range(s)]
+    return [v / v.sum(dim, keepdims=True) for v in z]
+
+
+def _logits(rng: np.random.Generator, s: int, *shape: int) -> list[np.ndarray]:
+    common = 4 * rng.standard_normal(shape)
+    return [common + 2 * rng.standard_normal(shape) for _ in range(s)]
+
+
+_R4 = ([0.5, 0.25, 0.25, 0.0], [0.25, 0.125, 0.125, 0.5])
+_TABLE = ([1, 0.25, 0, 0.25, 0, 0.5], [0.5, 0.125, 0, 0.125, 0.5, 0.75])  # [3 sources, 2 samples]
+_EMPTY = ([0.5, 0, 0.5, 0], [0.75, 0, 0.25, 0])  # the second sample has no source
+
+CASES += [
+    Case("fuse", name, inputs, FLOATS, 4e-6, 1e-6, _SUMS)
+    for name, inputs in {
+        "one-channel-var": lambda r: _fuse([_prob(r, 2, 1, 7, 11, 13) for _ in range(10)]),
+        "one-channel-mi": lambda r: _fuse([_prob(r, 2, 1, 31, 33) for _ in range(4)], _MI, _LINEAR),
+        "one-channel-as-two": lambda r: _fuse([_prob(r, 1, 1, 5, 9, 31)] * 2, _ENT, _GATE, channels=2),
+        "one-channel-logits": lambda r: _fuse(_logits(r, 4, 2, 1, 9, 9, 5), _MI, _EXP, *_R4, logits=1),
+        "two-channels": lambda r: _fuse(_simplex(r, 4, 2, 2, 9, 9, 17), _VAR, _EXP, *_R4, tau=(0.7, 0.5)),
+        "two-channels-logits": lambda r: _fuse(_logits(r, 8, 2, 2, 14, 14, 10), _ENT, _GATE, logits=1),
+        "three-classes-mi": lambda r: _fuse(_simplex(r, 4, 2, 3, 25, 43), _MI, _CONF, *_R4, tau=(0.6, 0.25)),
+        "logits-ent": lambda r: _fuse(_logits(r, 3, 1, 4, 12, 11, 10), _ENT, _LINEAR, logits=1),
+        "logits-table": lambda r: _fuse(_logits(r, 3, 2, 5, 40, 41), _VAR, _EXP, *_TABLE, logits=1),
+        "table": lambda r: _fuse(_simplex(r, 3, 2, 3, 6, 50, 5), _VAR, _NONE, *_TABLE),
+        "sample-without-source": lambda r: _fuse(_simplex(r, 2, 2, 3, 30, 4), _MI, _EXP, *_EMPTY),
+        "many-classes": lambda r: _fuse(_simplex(r, 2, 1, 70, 10, 13), _VAR, _CONF, tau=(0.1, 1.0)),
+        "one-source": lambda r: _fuse(_simplex(r, 1, 1, 4, 100), _VAR),
+        "one-voxel": lambda r: _fuse(_simplex(r, 3, 1, 2, 1), _VAR, tau=(0.7, 0.5)),
+        "mean-only": lambda r: _fuse(_simplex(r, 3, 1, 2, 77), _VAR, want=(1, 0, 0, 0, 0)),
+        "label-only": lambda r: _fuse(_simplex(r, 4, 1, 2, 77), _MI, r_lab=_R4[0], want=(0, 1, 0, 0, 0)),
+        "weight-only": lambda r: _fuse(_simplex(r, 4, 1, 3, 77), _MI, _GATE, *_R4, want=(0, 0, 0, 0, 1)),
+        "conf-weight-only": lambda r: _fuse(_logits(r, 2, 1, 2, 77), _MI, _CONF, want=(0, 0, 0, 0, 1)),
+        "offset": lambda r: _fuse(_simplex(r, 2, 1, 2, 77), _ENT, _GATE, tau=(0, 0.5), log_offset=1e-6),
+    }.items()
+]
 
 # ---- distances and components -------------------------------------------------------------------
 
@@ -122,6 +192,44 @@ SPEEDS += [
 # ---- losses -------------------------------------------------------------------------------------
 
 # ---- fusion -------------------------------------------------------------------------------------
+
+_LA_HALF = (2, 2, 112, 112, 80)  # the unlabeled half of a batch of left atrium patches
+
+
+def _largest(a: Any, b: Any) -> float:
+    """Largest absolute difference over a tuple of arrays."""
+    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(a, b, strict=True))
+
+
+def _passes(r: np.random.Generator, shape: tuple[int, ...], n: int = 8) -> list[Any]:
+    return [_torch(4 * r.standard_normal(shape, np.float32)) for _ in range(n)]
+
+
+def _fuse_maps(maps: list[Any]) -> tuple[Any, ...]:
+    fused = _ours("fusion.fuse", maps, want=("mean", "uncertainty", "weight"))
+    return fused.mean, fused.uncertainty, fused.weight
+
+
+SPEEDS += [
+    Speed(
+        "fuse 10 maps 1x1x128^3",
+        lambda r: [_torch(r.random((1, 1, 128, 128, 128), np.float32)) for _ in range(10)],
+        _fuse_maps,
+        ("fuse_maps_torch", "fuse_maps_compile", "fuse_maps_numpy"),
+        lambda maps: 13 * maps[0].nbytes,
+        {"fuse_maps_compile": 2, "fuse_maps_torch": 5, "floor": 1.1},
+        _largest,
+    ),
+    Speed(
+        "uncertainty map T=8 half LA batch",
+        lambda r: _passes(r, _LA_HALF),
+        lambda z: _ours("fusion.mc_uncertainty", z, want=("uncertainty",)).uncertainty * math.log(2),
+        ("mc_entropy_torch", "mc_entropy_compile"),
+        lambda z: 8 * z[0].nbytes + z[0].nbytes // 2,
+        {"best": 6, "floor": 1.5},
+        lambda a, b: float((a - b).abs().max()),
+    ),
+]
 
 # ---- distances and components -------------------------------------------------------------------
 

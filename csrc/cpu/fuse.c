@@ -1,0 +1,272 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * fuse.c: S sources -> mean, hard label, confidence, uncertainty and weight map, in one pass.
+ *
+ *     pbar = sum_s r_lab_s p^s     mu = sum_s r_unc_s p^s     H(p) = -sum_c p_c ln max(p_c + o, 1e-7)
+ *     var = sum_c sum_s r_unc_s (p^s_c - mu_c)^2    ent = H(mu)    mi = H(mu) - sum_s r_unc_s H(p^s)
+ *     u = var / (1 - 1/C), ent / ln C or mi / ln C, clipped to 0..1
+ *     weight: exp(-kappa u), 1 - u, 1[u <= tau_u], (max pbar - 1/C) / (1 - 1/C) clipped, or 1
+ *
+ * Sources are [B, C, V] probabilities or logits; one channel is the foreground of two classes. Two
+ * logits are one sigmoid, so they are summed as one foreground row, too. Memory: each source that
+ * has weight is read once, each wanted output written once, past the caches if it is large.
+ * Numerics: every sum runs over differences from the reference, the source of largest weight:
+ * sum r (p - p_ref), sum r (p - p_ref)^2, sum r (H - H_ref). Identical sources therefore give
+ * exactly p, var = 0 and mi = 0 whatever the weights' rounding. In var = E[d^2] - E[d]^2 nothing is
+ * lost to cancellation: (mu - p_ref)^2 <= var / r_ref, and r_ref >= 1/S, so the relative error of
+ * each class's var stays below about 4 S eps however small the spread. Entropies carry an absolute
+ * error of a few eps. float64 sources are computed in double, all others in float.
+ * Deterministic: a voxel is the work of one thread and sums run in the order of the sources.
+ */
+#include "lanes.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+/* Sources that are added in one sweep over the sums. */
+#define GROUP 4
+
+enum { UNC_VAR, UNC_ENT, UNC_MI };
+enum { WEIGHT_EXP, WEIGHT_LINEAR, WEIGHT_GATE, WEIGHT_CONF, WEIGHT_NONE };
+
+/* The weights of one sample, normalised; references are the sources of largest weight. */
+typedef struct sample {
+    const double *r_lab;
+    const double *r_unc;
+    int64_t ref_l; /* -1: no source has weight here */
+    int64_t ref_u;
+    int same; /* r_lab = r_unc: the mean is mu */
+} sample;
+
+typedef struct plan {
+    const ss_fuse_args *a;
+    sample *samples;
+    double *r; /* B x 2 x S */
+    int64_t S, B, C, V;
+    int64_t L; /* rows that are summed: C, or 1 for two classes as one foreground */
+    int64_t K; /* classes */
+    int64_t n; /* voxels in a block */
+    int64_t blocks;
+    double scale; /* of u */
+    int need_u, need_mu, need_var, need_mi, need_mean, need_conf;
+    int stream;
+    char *scratch;
+    int64_t area_bytes;
+} plan;
+
+/* Copies a block to an output. Large outputs go past the caches: they do not fit anyway, and memory
+ * need not be read before it is overwritten. */
+static void store_bytes(int stream, void *to, const void *from, int64_t bytes) {
+    uint8_t *d = to;
+    const uint8_t *s = from;
+#if defined(__SSE2__)
+    int64_t head = (int64_t)(-(uintptr_t)d & 63);
+    if (stream && bytes >= head + 64) {
+        memcpy(d, s, (size_t)head);
+        int64_t i = head;
+        for (; i + 64 <= bytes; i += 64) {
+            for (int64_t k = i; k < i + 64; k += 16) {
+                _mm_stream_si128((__m128i *)(void *)(d + k),
+                                 _mm_loadu_si128((const __m128i *)(const void *)(s + k)));
+            }
+        }
+        memcpy(d + i, s + i, (size_t)(bytes - i));
+        return;
+    }
+#endif
+    (void)stream;
+    memcpy(d, s, (size_t)bytes);
+}
+
+/* Streaming stores are weakly ordered: they must be out before the thread reports its end. */
+static void store_fence(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+#define REAL float
+#define FN(x) x##_f32
+#define REAL_EXP ss_expf
+#define REAL_EXP2 ss_exp2_bounded
+#define REAL_SIGMOID ss_sigmoidf
+#define REAL_LOG ss_logf
+#define REAL_DTYPE SS_F32
+#define REAL_LOAD ss_load_f32
+#include "fuse_lanes.h"
+#undef REAL
+#undef FN
+#undef REAL_EXP
+#undef REAL_EXP2
+#undef REAL_SIGMOID
+#undef REAL_LOG
+#undef REAL_DTYPE
+#undef REAL_LOAD
+
+/* Where one source is double all are, so nothing is ever converted. */
+static inline const double *in_place_f64(const ss_tensor *t, int64_t offset, int64_t n,
+                                     double *buffer) {
+    (void)n;
+    (void)buffer;
+    return (const double *)t->data + offset;
+}
+
+static inline double one_sigmoid(double x) {
+    return 1.0 / (1.0 + exp(-x));
+}
+
+#define REAL double
+#define FN(x) x##_f64
+#define REAL_EXP exp
+#define REAL_EXP2 exp2
+#define REAL_SIGMOID one_sigmoid
+#define REAL_LOG log
+#define REAL_DTYPE SS_F64
+#define REAL_LOAD in_place_f64
+#include "fuse_lanes.h"
+
+/* ---- checks and plan ------------------------------------------------------------------------ */
+
+/* One sample's column of weights, normalised into `to`; *ref is -1 if all are 0. */
+static ss_status column(ss_exec *x, const char *name, const ss_doubles *r, const plan *f, int64_t b,
+                        double *to, int64_t *ref) {
+    double sum = 0;
+    *ref = -1;
+    for (int64_t s = 0; s < f->S; ++s) {
+        double v = r->at[r->n == f->S ? s : s * f->B + b];
+        if (!(v >= 0) || v > 2) {
+            return ss_fail(x, SS_INVALID,
+                           "%s: expected weights from 0 to 1, got %g for source %lld", name, v,
+                           (long long)s);
+        }
+        to[s] = v;
+        sum += v;
+        if (v > 0 && (*ref < 0 || v > to[*ref])) {
+            *ref = s;
+        }
+    }
+    if (*ref >= 0 && !(sum > 1 - 1e-4 && sum < 1 + 1e-4)) {
+        return ss_fail(x, SS_INVALID,
+                       "%s: expected weights that sum to 1 (divide them by their sum), got a sum "
+                       "of %g for sample %lld",
+                       name, sum, (long long)b);
+    }
+    for (int64_t s = 0; *ref >= 0 && s < f->S; ++s) {
+        to[s] /= sum;
+    }
+    return SS_OK;
+}
+
+static ss_status read_weights(ss_exec *x, plan *f) {
+    int64_t used = 0;
+    for (int64_t b = 0; b < f->B; ++b) {
+        double *r = f->r + 2 * b * f->S;
+        sample *of = &f->samples[b];
+        ss_status status = column(x, "weights", &f->a->weights, f, b, r, &of->ref_l);
+        if (status == SS_OK) {
+            status = column(x, "uncertainty_weights", &f->a->uncertainty_weights, f, b, r + f->S, &of->ref_u);
+        }
+        if (status != SS_OK) {
+            return status;
+        }
+        if ((of->ref_l < 0) != (of->ref_u < 0)) {
+            return ss_fail(x, SS_INVALID,
+                           "uncertainty_weights: expected all 0 exactly where weights are, got something else "
+                           "for sample %lld",
+                           (long long)b);
+        }
+        of->r_lab = r;
+        of->r_unc = r + f->S;
+        of->same = memcmp(r, r + f->S, (size_t)f->S * sizeof *r) == 0;
+        used += of->ref_l >= 0;
+    }
+    return used ? SS_OK
+                : ss_fail(x, SS_INVALID, "weights: expected at least one weight above 0, got none");
+}
+
+static ss_status check(ss_exec *x, const plan *f) {
+    const ss_fuse_args *a = f->a;
+    const char *names[] = {"weights", "uncertainty_weights"};
+    const int64_t counts[] = {a->weights.n, a->uncertainty_weights.n};
+    for (int i = 0; i < 2; ++i) {
+        if (counts[i] != f->S && counts[i] != f->S * f->B) {
+            return ss_fail(x, SS_INVALID,
+                           "%s: expected one weight per source (%lld), or per source and sample "
+                           "(%lld), got %lld",
+                           names[i], (long long)f->S, (long long)(f->S * f->B),
+                           (long long)counts[i]);
+        }
+    }
+    for (int64_t s = 1; s < f->S; ++s) {
+        if ((a->sources.at[s].dtype == SS_F64) != (a->sources.at[0].dtype == SS_F64)) {
+            return ss_fail(x, SS_WRONG_TYPE,
+                           "sources: expected float64 for all or for none, got %s beside %s",
+                           ss_dtype_name(a->sources.at[s].dtype),
+                           ss_dtype_name(a->sources.at[0].dtype));
+        }
+    }
+    if (a->channels != f->C && !(a->channels == 2 && f->C == 1)) {
+        return ss_fail(x, SS_INVALID,
+                       "channels: expected %lld (or 2 for one-channel sources), got %lld",
+                       (long long)f->C, (long long)a->channels);
+    }
+    if (a->want_label && a->ignore_index < f->K) {
+        return ss_fail(x, SS_INVALID, "ignore_index: expected a number from %lld to 255, got %lld",
+                       (long long)f->K, (long long)a->ignore_index);
+    }
+    return SS_OK;
+}
+
+static void lay_out(plan *f) {
+    const ss_fuse_args *a = f->a;
+    f->S = a->sources.n;
+    f->B = a->sources.at[0].shape[0];
+    f->C = a->sources.at[0].shape[1];
+    f->V = a->sources.at[0].shape[2];
+    f->K = f->C == 1 ? 2 : f->C;
+    f->L = f->C == 2 && a->logits ? 1 : f->C;
+    int gated = a->want_label && a->tau_u < 1;
+    int from_u = a->want_weight && a->weighting <= WEIGHT_GATE;
+    f->need_u = a->want_uncertainty || gated || from_u;
+    f->need_mu = f->need_u;
+    f->need_var = f->need_u && a->unc == UNC_VAR;
+    f->need_mi = f->need_u && a->unc == UNC_MI;
+    f->need_conf = a->want_label || a->want_confidence ||
+                   (a->want_weight && a->weighting == WEIGHT_CONF);
+    f->need_mean = a->want_mean || f->need_conf;
+    double chance = 1.0 / (double)f->K;
+    /* Both classes of a foreground row have the same variance. */
+    double var = (f->L == 1 ? 2.0 : 1.0) / (1.0 - chance);
+    f->scale = a->unc == UNC_VAR ? var : 1.0 / log((double)f->K);
+    int64_t n = 4096 / f->L & ~(int64_t)63;
+    f->n = n < 64 ? 64 : (n > SS_BLOCK ? SS_BLOCK : n);
+    f->blocks = (f->V + f->n - 1) / f->n;
+    f->stream = f->B * f->V * 4 >= 1 << 20;
+    int wide = a->sources.at[0].dtype == SS_F64;
+    f->area_bytes = ((4 + GROUP) * f->L + 10) * f->n * (wide ? 8 : 4);
+}
+
+ss_status SS_CPU(fuse)(ss_exec *x, const ss_fuse_args *a) {
+    plan f = {.a = a};
+    lay_out(&f);
+    ss_status status = check(x, &f);
+    if (status != SS_OK) {
+        return status;
+    }
+    int64_t work = f.n * f.L * f.S;
+    int64_t grain = work < 1 << 18 ? (1 << 18) / work : 1;
+    int32_t threads = ss_parallel_threads(x, f.B * f.blocks, grain);
+    f.samples = ss_scratch(x, f.B, sizeof *f.samples);
+    f.r = f.samples ? ss_scratch(x, 2 * f.B * f.S, sizeof *f.r) : NULL;
+    f.scratch = f.r ? ss_scratch(x, threads, (size_t)f.area_bytes) : NULL;
+    status = f.scratch ? read_weights(x, &f) : SS_NO_MEMORY;
+    if (status == SS_OK) {
+        int wide = a->sources.at[0].dtype == SS_F64;
+        ss_parallel_for(x, f.B * f.blocks, grain, wide ? blocks_f64 : blocks_f32, &f);
+    }
+    ss_scratch_free(f.scratch);
+    ss_scratch_free(f.r);
+    ss_scratch_free(f.samples);
+    return status;
+}

@@ -1,0 +1,583 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * fuse_lanes.h: the arithmetic of `fuse` on one block of voxels; fuse.c includes it twice, with
+ * REAL float (FN(x) = x_f32, inline exp and log) and double (x_f64, the C library's).
+ *
+ * Lanes are L rows of `n` numbers: probabilities of L = C classes, or L = 1 row of foreground
+ * probabilities ("binary": one channel, or two channels of logits).
+ */
+
+typedef struct FN(rows) {
+    const REAL *at;
+    int64_t step; /* from one channel to the next */
+} FN(rows);
+
+/* One thread's block-sized areas. */
+typedef struct FN(area) {
+    REAL *ref_u, *ref_l;     /* L rows each: used where a source must be converted */
+    REAL *source;            /* GROUP x L rows, likewise */
+    REAL *mu, *mean;         /* L rows each */
+    REAL *spread, *h, *h_ref;     /* sum r d^2, or sum r (H - H_ref); entropies */
+    REAL *u, *conf, *label, *weight;
+    REAL *tmp; /* 2 rows */
+    uint8_t *bytes;
+} FN(area);
+
+/* Sources waiting to be added to one of the means. */
+typedef struct FN(group) {
+    int count;
+    REAL r[GROUP];
+    FN(rows) p[GROUP];
+} FN(group);
+
+static inline REAL FN(keep)(REAL x, REAL lo, REAL hi) {
+    x = x < lo ? lo : x; /* NaN stays */
+    return x > hi ? hi : x;
+}
+
+/* ---- sources -------------------------------------------------------------------------------- */
+
+static void FN(sigmoid)(int64_t n, const REAL *restrict z, REAL *restrict p) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        p[i] = z[i] == z[i] ? REAL_SIGMOID(z[i]) : z[i];
+    }
+}
+
+/* Two channels: the softmax's second one. m - m is 0, or NaN where the softmax is NaN. */
+static void FN(softmax2)(int64_t n, const REAL *restrict z0, const REAL *restrict z1,
+                         REAL *restrict p) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        REAL m = z0[i] > z1[i] ? z0[i] : z1[i];
+        p[i] = REAL_SIGMOID(z1[i] - z0[i]) + (m - m);
+    }
+}
+
+static void FN(larger)(int64_t n, const REAL *restrict z, REAL *restrict m) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        m[i] = z[i] > m[i] ? z[i] : m[i];
+    }
+}
+
+/* `e` may be `z`. */
+static void FN(exponentials)(int64_t n, const REAL *z, const REAL *restrict m, REAL *e,
+                             REAL *restrict sum) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        e[i] = REAL_EXP(z[i] - m[i]);
+        sum[i] += e[i];
+    }
+}
+
+static void FN(divide)(int64_t n, const REAL *restrict sum, REAL *restrict p) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        p[i] /= sum[i];
+    }
+}
+
+/* Softmax over the channels; logits that are not REAL are converted into `out` first. */
+static void FN(softmax)(const plan *f, const ss_tensor *t, int64_t at, int64_t n, REAL *out,
+                        REAL *tmp) {
+    REAL *m = tmp;
+    REAL *sum = tmp + f->n;
+    for (int64_t c = 0; c < f->C; ++c) {
+        const REAL *z = REAL_LOAD(t, at + c * f->V, n, out + c * f->n);
+        if (c == 0) {
+            memcpy(m, z, (size_t)n * sizeof *m);
+        } else {
+            FN(larger)(n, z, m);
+        }
+    }
+    memset(sum, 0, (size_t)n * sizeof *sum);
+    for (int64_t c = 0; c < f->C; ++c) {
+        REAL *row = out + c * f->n;
+        const REAL *z = t->dtype == REAL_DTYPE ? (const REAL *)t->data + at + c * f->V : row;
+        FN(exponentials)(n, z, m, row, sum);
+    }
+    for (int64_t c = 0; c < f->C; ++c) {
+        FN(divide)(n, sum, out + c * f->n);
+    }
+}
+
+/* Probabilities of one source: its own memory where possible, else rows of `out`. */
+static FN(rows) FN(load)(const plan *f, int64_t s, int64_t b, int64_t voxel, int64_t n, REAL *out,
+                         REAL *tmp) {
+    const ss_tensor *t = &f->a->sources.at[s];
+    int64_t at = b * f->C * f->V + voxel;
+    if (f->a->logits && f->C > 2) {
+        FN(softmax)(f, t, at, n, out, tmp);
+    } else if (f->a->logits && f->C == 2) {
+        const REAL *z0 = REAL_LOAD(t, at, n, tmp);
+        FN(softmax2)(n, z0, REAL_LOAD(t, at + f->V, n, tmp + f->n), out);
+    } else if (f->a->logits) {
+        FN(sigmoid)(n, REAL_LOAD(t, at, n, tmp), out);
+    } else if (t->dtype == REAL_DTYPE) {
+        return (FN(rows)){(const REAL *)t->data + at, f->V};
+    } else {
+        for (int64_t c = 0; c < f->C; ++c) {
+            (void)REAL_LOAD(t, at + c * f->V, n, out + c * f->n);
+        }
+    }
+    return (FN(rows)){out, f->n};
+}
+
+/* ---- running sums --------------------------------------------------------------------------- */
+
+/* sum += r (p - ref) */
+static void FN(add_mean)(int64_t n, REAL r, const REAL *restrict p, const REAL *restrict ref,
+                         REAL *restrict sum) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        sum[i] += r * (p[i] - ref[i]);
+    }
+}
+
+/* sum += r (p - ref), squares += r (p - ref)^2 */
+static void FN(add_spread)(int64_t n, REAL r, const REAL *restrict p, const REAL *restrict ref,
+                           REAL *restrict sum, REAL *restrict squares) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        REAL d = p[i] - ref[i];
+        REAL t = r * d;
+        sum[i] += t;
+        squares[i] += t * d;
+    }
+}
+
+/* The same for a whole group, source after source: sums stay in registers. */
+static void FN(add_mean4)(int64_t n, const REAL *r, const REAL *const *p, const REAL *restrict ref,
+                          REAL *restrict sum) {
+    const REAL r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
+    const REAL *p0 = p[0], *p1 = p[1], *p2 = p[2], *p3 = p[3];
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        REAL m = sum[i] + r0 * (p0[i] - ref[i]);
+        m += r1 * (p1[i] - ref[i]);
+        m += r2 * (p2[i] - ref[i]);
+        m += r3 * (p3[i] - ref[i]);
+        sum[i] = m;
+    }
+}
+
+static void FN(add_spread4)(int64_t n, const REAL *r, const REAL *const *p,
+                            const REAL *restrict ref, REAL *restrict sum, REAL *restrict squares) {
+    const REAL r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
+    const REAL *p0 = p[0], *p1 = p[1], *p2 = p[2], *p3 = p[3];
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        REAL d0 = p0[i] - ref[i], d1 = p1[i] - ref[i], d2 = p2[i] - ref[i], d3 = p3[i] - ref[i];
+        REAL t0 = r0 * d0, t1 = r1 * d1, t2 = r2 * d2, t3 = r3 * d3;
+        sum[i] = sum[i] + t0 + t1 + t2 + t3;
+        squares[i] = squares[i] + t0 * d0 + t1 * d1 + t2 * d2 + t3 * d3;
+    }
+}
+
+/* Adds and empties a group; `squares` NULL: the mean alone. */
+static void FN(flush)(const plan *f, int64_t n, FN(group) * g, FN(rows) ref, REAL *sum,
+                      REAL *squares) {
+    for (int64_t c = 0; c < f->L && g->count; ++c) {
+        const REAL *at = ref.at + c * ref.step;
+        const REAL *p[GROUP] = {0};
+        for (int k = 0; k < g->count; ++k) {
+            p[k] = g->p[k].at + c * g->p[k].step;
+        }
+        if (g->count == GROUP && squares) {
+            FN(add_spread4)(n, g->r, p, at, sum + c * f->n, squares);
+        } else if (g->count == GROUP) {
+            FN(add_mean4)(n, g->r, p, at, sum + c * f->n);
+        }
+        for (int k = 0; k < g->count && g->count < GROUP; ++k) {
+            if (squares) {
+                FN(add_spread)(n, g->r[k], p[k], at, sum + c * f->n, squares);
+            } else {
+                FN(add_mean)(n, g->r[k], p[k], at, sum + c * f->n);
+            }
+        }
+    }
+    g->count = 0;
+}
+
+static inline void FN(push)(FN(group) * g, double r, FN(rows) p) {
+    g->r[g->count] = (REAL)r;
+    g->p[g->count++] = p;
+}
+
+static void FN(shift_back)(int64_t n, const REAL *restrict ref, REAL *restrict sum) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        sum[i] += ref[i];
+    }
+}
+
+static inline REAL FN(p_log_p)(REAL p, REAL offset) {
+    REAL x = p + offset;
+    return p * REAL_LOG(x > (REAL)1e-7 ? x : (REAL)1e-7);
+}
+
+static void FN(entropy_binary)(int64_t n, REAL offset, const REAL *restrict p, REAL *restrict h) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        h[i] = -(FN(p_log_p)(p[i], offset) + FN(p_log_p)((REAL)1 - p[i], offset));
+    }
+}
+
+static void FN(entropy_channel)(int64_t n, REAL offset, const REAL *restrict p, REAL *restrict h) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        h[i] -= FN(p_log_p)(p[i], offset);
+    }
+}
+
+static void FN(entropy)(const plan *f, int64_t n, FN(rows) p, REAL *h) {
+    REAL offset = (REAL)f->a->log_offset;
+    if (f->L == 1) {
+        FN(entropy_binary)(n, offset, p.at, h);
+        return;
+    }
+    memset(h, 0, (size_t)n * sizeof *h);
+    for (int64_t c = 0; c < f->L; ++c) {
+        FN(entropy_channel)(n, offset, p.at + c * p.step, h);
+    }
+}
+
+/* ---- maps ----------------------------------------------------------------------------------- */
+
+static void FN(less_square)(int64_t n, const REAL *restrict sum, REAL *restrict squares) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        squares[i] -= sum[i] * sum[i];
+    }
+}
+
+static void FN(scaled)(int64_t n, REAL scale, const REAL *restrict x, REAL *restrict u) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        u[i] = FN(keep)(x[i] * scale, (REAL)0, (REAL)1);
+    }
+}
+
+/* One row: u from the sums, and the mean in place of its sum. */
+static void FN(variance_binary)(int64_t n, REAL scale, const REAL *restrict ref, REAL *restrict sum,
+                                const REAL *restrict squares, REAL *restrict u) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        u[i] = FN(keep)((squares[i] - sum[i] * sum[i]) * scale, (REAL)0, (REAL)1);
+        sum[i] += ref[i];
+    }
+}
+
+static void FN(difference)(int64_t n, const REAL *restrict h, const REAL *restrict h_ref,
+                           REAL *restrict spread) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        spread[i] = (h[i] - h_ref[i]) - spread[i];
+    }
+}
+
+static void FN(confidence_binary)(int64_t n, const REAL *restrict p, REAL *restrict conf,
+                                  REAL *restrict label) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        conf[i] = p[i] > (REAL)0.5 ? p[i] : (REAL)1 - p[i];
+        label[i] = p[i] > (REAL)0.5 ? (REAL)1 : (REAL)0;
+    }
+}
+
+/* Strictly larger only, so ties go to the smallest class; NaN is taken and stays. */
+static void FN(confidence_channel)(int64_t n, REAL c, const REAL *restrict p, REAL *restrict conf,
+                                   REAL *restrict label) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        int take = (p[i] > conf[i]) | (p[i] != p[i]);
+        label[i] = take ? c : label[i];
+        conf[i] = take ? p[i] : conf[i];
+    }
+}
+
+static void FN(ignore_below)(int64_t n, REAL tau, REAL ignore, const REAL *restrict conf,
+                             REAL *restrict label) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        label[i] = conf[i] >= tau ? label[i] : ignore;
+    }
+}
+
+static void FN(ignore_above)(int64_t n, REAL tau, REAL ignore, const REAL *restrict u,
+                             REAL *restrict label) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        label[i] = u[i] <= tau ? label[i] : ignore;
+    }
+}
+
+static void FN(label_bytes)(int64_t n, const REAL *restrict label, uint8_t *restrict bytes) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        bytes[i] = (uint8_t)(int32_t)label[i];
+    }
+}
+
+static void FN(weight_exp)(int64_t n, double kappa, const REAL *restrict u, REAL *restrict w) {
+    const REAL rate = (REAL)(kappa * -1.4426950408889634); /* of 2^ instead of e^ */
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        w[i] = u[i] == u[i] ? REAL_EXP2(u[i] * rate) : u[i];
+    }
+}
+
+static void FN(weight_linear)(int64_t n, const REAL *restrict u, REAL *restrict w) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        w[i] = (REAL)1 - u[i];
+    }
+}
+
+/* NaN + 0 keeps a NaN that the comparison would lose. */
+static void FN(weight_gate)(int64_t n, REAL tau, const REAL *restrict u, REAL *restrict w) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        w[i] = (u[i] <= tau ? (REAL)1 : (REAL)0) + (u[i] - u[i]);
+    }
+}
+
+static void FN(weight_conf)(int64_t n, REAL chance, const REAL *restrict conf, REAL *restrict w) {
+    const REAL scale = (REAL)1 / ((REAL)1 - chance);
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        w[i] = FN(keep)((conf[i] - chance) * scale, (REAL)0, (REAL)1);
+    }
+}
+
+static void FN(fill)(int64_t n, REAL value, REAL *restrict x) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        x[i] = value;
+    }
+}
+
+static void FN(complement)(int64_t n, const REAL *restrict p, REAL *restrict q) {
+    SS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+        q[i] = (REAL)1 - p[i];
+    }
+}
+
+/* ---- one block ------------------------------------------------------------------------------ */
+
+/* One pass over the sources of sample b: mu, mean (both without their shift) and spread. */
+static void FN(gather)(const plan *f, const sample *of, const FN(area) * w, int64_t b, int64_t at,
+                       int64_t n, FN(rows) * ref_u, FN(rows) * ref_l) {
+    size_t row = (size_t)f->n * sizeof(REAL);
+    const int mean = f->need_mean && !of->same;
+    if (f->need_mu || of->same) {
+        *ref_u = FN(load)(f, of->ref_u, b, at, n, w->ref_u, w->tmp);
+        memset(w->mu, 0, row * (size_t)f->L);
+        memset(w->spread, 0, row);
+    }
+    if (f->need_mi) {
+        FN(entropy)(f, n, *ref_u, w->h_ref);
+    }
+    if (mean) {
+        *ref_l = FN(load)(f, of->ref_l, b, at, n, w->ref_l, w->tmp);
+        memset(w->mean, 0, row * (size_t)f->L);
+    }
+    FN(group) to_mu = {0};
+    FN(group) to_mean = {0};
+    REAL *squares = f->need_var ? w->spread : NULL;
+    int64_t loaded = 0;
+    for (int64_t s = 0; s < f->S; ++s) {
+        int in_mu = (f->need_mu || of->same) && of->r_unc[s] > 0 && s != of->ref_u;
+        int in_mean = mean && of->r_lab[s] > 0 && s != of->ref_l;
+        if (!in_mu && !in_mean) {
+            continue;
+        }
+        FN(rows) p = FN(load)(f, s, b, at, n, w->source + loaded * f->L * f->n, w->tmp);
+        if (in_mu) {
+            FN(push)(&to_mu, of->r_unc[s], p);
+        }
+        if (in_mean) {
+            FN(push)(&to_mean, of->r_lab[s], p);
+        }
+        if (in_mu && f->need_mi) {
+            FN(entropy)(f, n, p, w->h);
+            FN(add_mean)(n, (REAL)of->r_unc[s], w->h, w->h_ref, w->spread);
+        }
+        if (++loaded == GROUP) {
+            FN(flush)(f, n, &to_mu, *ref_u, w->mu, squares);
+            FN(flush)(f, n, &to_mean, *ref_l, w->mean, NULL);
+            loaded = 0;
+        }
+    }
+    FN(flush)(f, n, &to_mu, *ref_u, w->mu, squares);
+    FN(flush)(f, n, &to_mean, *ref_l, w->mean, NULL);
+}
+
+/* u from the sums; afterwards mu is the mean itself. */
+static void FN(doubt)(const plan *f, const FN(area) * w, int64_t n, FN(rows) ref_u) {
+    if (f->L == 1 && f->need_var) {
+        FN(variance_binary)(n, (REAL)f->scale, ref_u.at, w->mu, w->spread, w->u);
+        return;
+    }
+    for (int64_t c = 0; c < f->L; ++c) {
+        REAL *mu = w->mu + c * f->n;
+        if (f->need_var) {
+            FN(less_square)(n, mu, w->spread);
+        }
+        FN(shift_back)(n, ref_u.at + c * ref_u.step, mu);
+    }
+    if (!f->need_u) {
+        return;
+    }
+    if (f->need_var) {
+        FN(scaled)(n, (REAL)f->scale, w->spread, w->u);
+        return;
+    }
+    FN(entropy)(f, n, (FN(rows)){w->mu, f->n}, w->h);
+    if (f->need_mi) {
+        FN(difference)(n, w->h, w->h_ref, w->spread);
+        FN(scaled)(n, (REAL)f->scale, w->spread, w->u);
+    } else {
+        FN(scaled)(n, (REAL)f->scale, w->h, w->u);
+    }
+}
+
+/* Nothing is known about this sample: uniform distribution, u = 1, weight 0, label ignored. */
+static void FN(unknown)(const plan *f, const FN(area) * w, int64_t n) {
+    REAL chance = (REAL)(1.0 / (double)f->K);
+    for (int64_t c = 0; c < f->L; ++c) {
+        FN(fill)(n, chance, w->mean + c * f->n);
+    }
+    FN(fill)(n, (REAL)1, w->u);
+    FN(fill)(n, chance, w->conf);
+    FN(fill)(n, (REAL)f->a->ignore_index, w->label);
+    FN(fill)(n, (REAL)0, w->weight);
+}
+
+static void FN(decide)(const plan *f, const FN(area) * w, int64_t n, const REAL *mean) {
+    const ss_fuse_args *a = f->a;
+    if (f->L == 1) {
+        FN(confidence_binary)(n, mean, w->conf, w->label);
+    } else {
+        memcpy(w->conf, mean, (size_t)n * sizeof *mean);
+        memset(w->label, 0, (size_t)n * sizeof *w->label);
+        for (int64_t c = 1; c < f->L; ++c) {
+            FN(confidence_channel)(n, (REAL)c, mean + c * f->n, w->conf, w->label);
+        }
+    }
+    if (a->want_label) {
+        FN(ignore_below)(n, (REAL)a->tau_c, (REAL)a->ignore_index, w->conf, w->label);
+        if (a->tau_u < 1) {
+            FN(ignore_above)(n, (REAL)a->tau_u, (REAL)a->ignore_index, w->u, w->label);
+        }
+    }
+}
+
+static void FN(weigh)(const plan *f, const FN(area) * w, int64_t n) {
+    switch (f->a->weighting) {
+    case WEIGHT_EXP:
+        FN(weight_exp)(n, f->a->kappa, w->u, w->weight);
+        return;
+    case WEIGHT_LINEAR:
+        FN(weight_linear)(n, w->u, w->weight);
+        return;
+    case WEIGHT_GATE:
+        FN(weight_gate)(n, (REAL)f->a->tau_u, w->u, w->weight);
+        return;
+    case WEIGHT_CONF:
+        FN(weight_conf)(n, (REAL)(1.0 / (double)f->K), w->conf, w->weight);
+        return;
+    default:
+        FN(fill)(n, (REAL)1, w->weight);
+    }
+}
+
+static void FN(put)(const plan *f, const ss_tensor *out, int64_t at, int64_t n, const REAL *x) {
+    store_bytes(f->stream, (REAL *)out->data + at, x, n * (int64_t)sizeof *x);
+}
+
+static void FN(store)(const plan *f, const FN(area) * w, int64_t b, int64_t at, int64_t n,
+                      const REAL *mean) {
+    const ss_fuse_args *a = f->a;
+    int64_t to = b * f->V + at;
+    if (a->want_mean && a->channels == 2 && f->L == 1) {
+        FN(complement)(n, mean, w->tmp);
+        FN(put)(f, &a->mean, 2 * b * f->V + at, n, w->tmp);
+        FN(put)(f, &a->mean, (2 * b + 1) * f->V + at, n, mean);
+    } else if (a->want_mean) {
+        for (int64_t c = 0; c < f->L; ++c) {
+            FN(put)(f, &a->mean, (b * f->L + c) * f->V + at, n, mean + c * f->n);
+        }
+    }
+    if (a->want_label) {
+        FN(label_bytes)(n, w->label, w->bytes);
+        store_bytes(f->stream, (uint8_t *)a->label.data + to, w->bytes, n);
+    }
+    if (a->want_confidence) {
+        FN(put)(f, &a->confidence, to, n, w->conf);
+    }
+    if (a->want_uncertainty) {
+        FN(put)(f, &a->uncertainty, to, n, w->u);
+    }
+    if (a->want_weight) {
+        FN(put)(f, &a->weight, to, n, w->weight);
+    }
+}
+
+static void FN(one_block)(const plan *f, const FN(area) * w, int64_t b, int64_t at, int64_t n) {
+    const sample *of = &f->samples[b];
+    FN(rows) ref_u = {NULL, 0};
+    FN(rows) ref_l = {NULL, 0};
+    if (of->ref_l < 0) {
+        FN(unknown)(f, w, n);
+        FN(store)(f, w, b, at, n, w->mean);
+        return;
+    }
+    FN(gather)(f, of, w, b, at, n, &ref_u, &ref_l);
+    if (f->need_mu || of->same) {
+        FN(doubt)(f, w, n, ref_u);
+    }
+    const REAL *mean = of->same ? w->mu : w->mean;
+    if (f->need_mean && !of->same) {
+        for (int64_t c = 0; c < f->L; ++c) {
+            FN(shift_back)(n, ref_l.at + c * ref_l.step, w->mean + c * f->n);
+        }
+    }
+    if (f->need_conf) {
+        FN(decide)(f, w, n, mean);
+    }
+    if (f->a->want_weight) {
+        FN(weigh)(f, w, n);
+    }
+    FN(store)(f, w, b, at, n, mean);
+}
+
+/* Items are blocks, sample after sample. */
+static void FN(blocks)(void *ctx, int64_t begin, int64_t end, int32_t thread) {
+    const plan *f = ctx;
+    REAL *base = (REAL *)(void *)(f->scratch + (int64_t)thread * f->area_bytes);
+    const int64_t n = f->n;
+    const int64_t wide = f->L * n;
+    FN(area) w = {.ref_u = base, .ref_l = base + wide, .source = base + 2 * wide};
+    w.mu = base + (2 + GROUP) * wide;
+    w.mean = base + (3 + GROUP) * wide;
+    REAL *rest = base + (4 + GROUP) * wide;
+    w.spread = rest;
+    w.h = rest + n;
+    w.h_ref = rest + 2 * n;
+    w.u = rest + 3 * n;
+    w.conf = rest + 4 * n;
+    w.label = rest + 5 * n;
+    w.weight = rest + 6 * n;
+    w.tmp = rest + 7 * n;
+    w.bytes = (uint8_t *)(rest + 9 * n);
+    for (int64_t item = begin; item < end; ++item) {
+        int64_t b = item / f->blocks;
+        int64_t at = item % f->blocks * n;
+        int64_t left = f->V - at;
+        FN(one_block)(f, &w, b, at, left < n ? left : n);
+    }
+    store_fence();
+}
