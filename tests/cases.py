@@ -68,6 +68,78 @@ CASES += [
 
 # ---- random walker ------------------------------------------------------------------------------
 
+
+def _walk(r: np.random.Generator, images: int, classes: int, *space: int) -> tuple[np.ndarray, ...]:
+    """Smooth images; seeds that leave a band around a random plane free; a prior."""
+    image = r.standard_normal((images, *space))
+    for axis in (1, 2, 3):
+        image = (image + np.roll(image, 1, axis)) / 2
+    seeds = np.zeros((images * classes, *space), np.uint8)
+    height = np.arange(space[-1]) + r.integers(-2, 3, (images * classes, *space[:-1], 1))
+    seeds[height < space[-1] // 4] = 1
+    seeds[height > 3 * space[-1] // 4] = 2
+    return image, seeds, r.random(seeds.shape)
+
+
+_WALK = "CG stops at a relative residual of 1e-6; float32 vectors round to 6e-8, times the condition number"
+CASES += [
+    Case(
+        "random_walker",
+        "prior",
+        lambda r: (*_walk(r, 1, 1, 5, 9, 20), 1, 0.05, 30.0, [], 1e-6, 500),
+        FLOATS,
+        2e-5,
+        0,
+        _WALK,
+    ),
+    Case(
+        "random_walker",
+        "no prior, spacing",
+        lambda r: (*_walk(r, 1, 2, 4, 7, 18)[:2], None, 2, 0.0, 3.0, [3.0, 1.0, 1.5], 1e-6, 500),
+        ("f32", "f64"),
+        2e-5,
+        0,
+        _WALK,
+    ),
+    Case(
+        "random_walker",
+        "batch of classes",
+        lambda r: (*_walk(r, 2, 2, 3, 6, 17), 2, 0.005, 10.0, [1.0, 1.0, 1.0], 1e-5, 500),
+        ("f32",),
+        2e-5,
+        0,
+        _WALK,
+    ),
+    Case(
+        "random_walker",
+        "2d, stopped early",
+        lambda r: (*_walk(r, 1, 1, 1, 30, 40), 1, 0.01, 10.0, [], 0.0, 3),
+        ("f32",),
+        2e-5,
+        0,
+        "three iterations in float32",
+    ),
+    Case(
+        "random_walker",
+        "signed seeds, all free",
+        lambda r: (
+            _walk(r, 1, 1, 3, 5, 33)[0],
+            np.zeros((1, 3, 5, 33), np.int8),
+            r.random((1, 3, 5, 33)),
+            1,
+            0.5,
+            90.0,
+            [],
+            1e-6,
+            500,
+        ),
+        ("f32",),
+        2e-5,
+        0,
+        _WALK,
+    ),
+]
+
 # ==== speed ======================================================================================
 
 
