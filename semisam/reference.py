@@ -32,7 +32,7 @@ def mask_logits(prob: Tensor, d: int, h: int, w: int) -> Tensor:
 # ---- random walker ------------------------------------------------------------------------------
 
 
-def random_walker(
+def random_walker(  # noqa: PLR0917  (the operator's own order)
     image: Tensor,
     seeds: Tensor,
     prior: Tensor | None,

@@ -5,28 +5,29 @@
  *     (L + gamma I) x = gamma pi on free voxels, x = 1 and 0 on seeds; L the Laplacian of the grid
  *     w_ij = (exp(-beta (I_i - I_j)^2) + 1e-5) / (h_axis / h_min)^2 between face neighbours
  *
- * Conjugate gradients with the Jacobi preconditioner. With D the diagonal, the system is solved as
- * D^-1/2 A D^-1/2 e = D^-1/2 (b - A x0), x = x0 + D^-1/2 e, x0 = pi or 1/2: the same iterates, but
- * the diagonal is 1 and needs no memory. Stops when sqrt(r' D^-1 r / c' D^-1 c) <= tol, where
- * c = A 1 (gamma and the weights to seeds) is the right side whose solution is 1 everywhere: never
- * 0, and the same when foreground and background change places.
+ * Conjugate gradients with the Jacobi preconditioner D, from x = x0 = pi or 1/2 (e = x - x0). They
+ * stop when sqrt(r' D^-1 r / c' D^-1 c) <= tol, where c = A 1 (gamma and the weights to seeds) is
+ * the right side whose solution is 1 everywhere: never 0, and the same when foreground and
+ * background change places. r is kept as z = D^-1 r only.
  *
  * Only free voxels are stored: tiles of 16 neighbours along x that have one, in C order, each with
  * the numbers of its four neighbours across; what is missing is tile 0, which is all zeros. Weights
- * between a free voxel and a seed are in b, so that they are 0 here.
+ * between a free voxel and a seed are in c, so that they are 0 here.
  *
- * Memory: per stored voxel 36 bytes of state and 1 of tile numbers. Per iteration one sweep
- * (p = r + b p, e = e + a p, q = A p, p'q: 36 bytes) and one more (r = r - a q, r'r: 12 bytes).
+ * Memory: per stored voxel 40 bytes of state and 1 of tile numbers. Per iteration one sweep
+ * (p = z + b p, e = e + a p, q = A p, p'q: 40 bytes) and one more (z = z - a D^-1 q, z'Dz: 16).
  * Numerics: float vectors; sums in 16 float lanes over 64 tiles, then double in block order: equal
- * bits for every thread count and instruction set. x is clipped to 0..1, where the exact x lies.
- * NaN in the image or prior next to a free voxel makes all free voxels of that problem NaN.
+ * bits for every thread count and instruction set. A p is c p + sum of w (p_i - p_j): islands that
+ * hang on weights of 1e-5 would drown in the rounding of D p - W p. x is clipped to 0..1, where the
+ * exact x lies. NaN in the image or prior next to a free voxel makes all free voxels of that
+ * problem NaN.
  */
 #include "lanes.h"
 
 #include <stdatomic.h>
 
 #define BLOCK_TILES (SS_BLOCK / SS_LANES)
-#define ARRAYS 9
+#define ARRAYS 10
 #define LINES 14
 #define GRAIN 8192 /* voxels that are worth a thread */
 #define FLOOR 1e-5f
@@ -56,8 +57,7 @@ typedef struct walk {
     int64_t pitch;   /* of a line buffer */
     int32_t *map;    /* row, column -> tile, 0 if not stored */
     int32_t *beside; /* tile -> tiles at y - 1, y + 1, z - 1, z + 1 */
-    float *s;        /* D^-1/2 */
-    float *wx, *wy, *wz, *r, *q, *e, *p[2];
+    float *c, *d, *wx, *wy, *wz, *z, *q, *e, *p[2];
     double *row_sum; /* of c^2 / D over a row */
     double *part[2]; /* of a block */
     float *lines;
@@ -230,24 +230,24 @@ static void add_row_edges(const walk *k, line a, equations of, float *restrict e
     }
 }
 
-/* Turns diagonal into D^-1/2 and scales the residual by it; returns c' D^-1 c of the row. */
-static double scale_row(walk *k, line a, equations of) {
+/* Turns the residual into z, with 0 = 0 on seeds; returns c' D^-1 c of the row. */
+static double close_row(walk *k, line a, equations of) {
     float *restrict diagonal = of.diagonal, *restrict residual = of.residual;
-    const float *restrict source = of.source;
+    float *restrict source = of.source;
     const float *restrict f = a.free + 1;
     const float *restrict v = a.value + 1;
     double sum = 0.0;
     int32_t bad = 0;
-    for (int64_t x = 0; x < k->W; ++x) {
-        double c = (double)source[x];
-        sum += f[x] > 0.0f ? c * c / (double)diagonal[x] : 0.0;
-        bad |= v[x] < 0.0f || v[x] > 1.0f;
-    }
     SS_SIMD
     for (int64_t x = 0; x < k->W; ++x) {
-        float s = 1.0f / sqrtf(diagonal[x]);
-        diagonal[x] = f[x] > 0.0f ? s : 0.0f;
-        residual[x] = f[x] > 0.0f ? residual[x] * s : 0.0f;
+        diagonal[x] = f[x] > 0.0f ? diagonal[x] : 1.0f;
+        residual[x] = f[x] > 0.0f ? residual[x] / diagonal[x] : 0.0f;
+        source[x] = f[x] > 0.0f ? source[x] : 0.0f;
+    }
+    for (int64_t x = 0; x < k->W; ++x) {
+        double c = (double)source[x];
+        sum += c * c / (double)diagonal[x];
+        bad |= v[x] < 0.0f || v[x] > 1.0f;
     }
     if (bad) {
         atomic_store_explicit(&k->bad_prior, 1, memory_order_relaxed);
@@ -255,22 +255,22 @@ static double scale_row(walk *k, line a, equations of) {
     return sum;
 }
 
-static void pack_row(const walk *k, int64_t row, const float *restrict s, const float *restrict r,
-                     float *const restrict w[3]) {
-    for (int64_t c = 0; c < k->columns; ++c) {
-        int64_t t = k->map[row * k->columns + c];
-        if (!t) {
-            continue;
+static void pack_row(const walk *k, int64_t row, equations of, float *const restrict w[3]) {
+    const size_t bytes = SS_LANES * sizeof(float);
+    for (int64_t column = 0; column < k->columns; ++column) {
+        int64_t i = (int64_t)k->map[row * k->columns + column] * SS_LANES;
+        int64_t x = k->x0 + column * SS_LANES;
+        if (i) {
+            memcpy(k->c + i, of.source + x, bytes);
+            memcpy(k->d + i, of.diagonal + x, bytes);
+            memcpy(k->z + i, of.residual + x, bytes);
+            memcpy(k->wx + i, w[0] + x, bytes);
+            memcpy(k->wy + i, w[1] + x, bytes);
+            memcpy(k->wz + i, w[2] + x, bytes);
+            memset(k->q + i, 0, bytes);
+            memset(k->e + i, 0, bytes);
+            memset(k->p[0] + i, 0, bytes);
         }
-        int64_t x = k->x0 + c * SS_LANES;
-        size_t bytes = SS_LANES * sizeof(float);
-        memcpy(k->s + t * SS_LANES, s + x, bytes);
-        memcpy(k->r + t * SS_LANES, r + x, bytes);
-        memcpy(k->wx + t * SS_LANES, w[0] + x, bytes);
-        memcpy(k->wy + t * SS_LANES, w[1] + x, bytes);
-        memcpy(k->wz + t * SS_LANES, w[2] + x, bytes);
-        memset(k->e + t * SS_LANES, 0, bytes);
-        memset(k->p[0] + t * SS_LANES, 0, bytes);
     }
 }
 
@@ -292,6 +292,9 @@ static void build_row(walk *k, int64_t row, float *lines) {
         of.residual[x] = 0.0f;
         of.source[x] = gamma;
     }
+    for (int64_t x = k->W; x < k->pitch; ++x) {
+        of.diagonal[x] = 1.0f; /* of voxels that do not exist: 0 = 0, like seeds */
+    }
     memset(weight[1], 0, (size_t)k->W * sizeof(float));
     memset(weight[2], 0, (size_t)k->W * sizeof(float));
     add_row_edges(k, here, of, edge, weight[0]);
@@ -309,8 +312,8 @@ static void build_row(walk *k, int64_t row, float *lines) {
             add_edges(k, across[i].axis, here, there, of, across[i].weight);
         }
     }
-    k->row_sum[row] = scale_row(k, here, of);
-    pack_row(k, row, of.diagonal, of.residual, weight);
+    k->row_sum[row] = close_row(k, here, of);
+    pack_row(k, row, of, weight);
 }
 
 /* ---- sweeps over blocks of tiles ------------------------------------------------------------ */
@@ -328,30 +331,7 @@ static double fold_lanes(const float *lane) {
     return sum;
 }
 
-/* Weights of D^-1/2 A D^-1/2, and r'r. */
-static double scale_block(const walk *k, int64_t block) {
-    float lane[SS_LANES] = {0};
-    int64_t begin, end;
-    tile_range(k, block, &begin, &end);
-    for (int64_t t = begin; t < end; ++t) {
-        const int64_t i = t * SS_LANES;
-        const float *restrict s = k->s + i;
-        const float *restrict sy = k->s + (int64_t)k->beside[4 * t + 1] * SS_LANES;
-        const float *restrict sz = k->s + (int64_t)k->beside[4 * t + 3] * SS_LANES;
-        float *restrict wx = k->wx + i, *restrict wy = k->wy + i, *restrict wz = k->wz + i;
-        const float *restrict r = k->r + i;
-        SS_SIMD
-        for (int32_t l = 0; l < SS_LANES; ++l) {
-            wx[l] *= s[l] * s[l + 1];
-            wy[l] *= s[l] * sy[l];
-            wz[l] *= s[l] * sz[l];
-            lane[l] += r[l] * r[l];
-        }
-    }
-    return fold_lanes(lane);
-}
-
-/* p = r + beta p_old, e = e + alpha p_old, q = A p; returns p'q. Neighbours' new p is computed
+/* p = z + beta p_old, e = e + alpha p_old, q = A p; returns p'q. Neighbours' new p is computed
  * here again: it is not known whether they have been done, and arithmetic costs nothing here. */
 static double multiply_block(const walk *k, int64_t block, const float *restrict old,
                              float *restrict new, float alpha, float beta) {
@@ -363,44 +343,45 @@ static double multiply_block(const walk *k, int64_t block, const float *restrict
         const int32_t *b = k->beside + 4 * t;
         const int64_t y0 = (int64_t)b[0] * SS_LANES, y1 = (int64_t)b[1] * SS_LANES;
         const int64_t z0 = (int64_t)b[2] * SS_LANES, z1 = (int64_t)b[3] * SS_LANES;
-        const float *restrict r = k->r;
+        const float *restrict z = k->z, *restrict c = k->c + i;
         const float *restrict wx = k->wx + i, *restrict wy = k->wy, *restrict wz = k->wz;
         float *restrict e = k->e + i, *restrict q = k->q + i, *restrict p = new + i;
         SS_SIMD
         for (int32_t l = 0; l < SS_LANES; ++l) {
-            float mid = r[i + l] + beta * old[i + l];
-            float left = r[i + l - 1] + beta * old[i + l - 1];
-            float right = r[i + l + 1] + beta * old[i + l + 1];
-            float up = r[y0 + l] + beta * old[y0 + l];
-            float down = r[y1 + l] + beta * old[y1 + l];
-            float above = r[z0 + l] + beta * old[z0 + l];
-            float below = r[z1 + l] + beta * old[z1 + l];
+            float mid = z[i + l] + beta * old[i + l];
+            float left = mid - (z[i + l - 1] + beta * old[i + l - 1]);
+            float right = mid - (z[i + l + 1] + beta * old[i + l + 1]);
+            float up = mid - (z[y0 + l] + beta * old[y0 + l]);
+            float down = mid - (z[y1 + l] + beta * old[y1 + l]);
+            float above = mid - (z[z0 + l] + beta * old[z0 + l]);
+            float below = mid - (z[z1 + l] + beta * old[z1 + l]);
             float sum = wx[l - 1] * left + wx[l] * right;
             sum += wy[y0 + l] * up + wy[i + l] * down;
             sum += wz[z0 + l] * above + wz[i + l] * below;
+            sum += c[l] * mid;
             e[l] += alpha * old[i + l];
-            float product = mid - sum;
-            q[l] = product;
+            q[l] = sum;
             p[l] = mid;
-            lane[l] += mid * product;
+            lane[l] += mid * sum;
         }
     }
     return fold_lanes(lane);
 }
 
-/* r = r - alpha q; returns r'r. */
+/* z = z - alpha D^-1 q; returns z'Dz. */
 static double update_block(const walk *k, int64_t block, float alpha) {
     float lane[SS_LANES] = {0};
     int64_t begin, end;
     tile_range(k, block, &begin, &end);
     for (int64_t t = begin; t < end; ++t) {
-        float *restrict r = k->r + t * SS_LANES;
+        float *restrict z = k->z + t * SS_LANES;
         const float *restrict q = k->q + t * SS_LANES;
+        const float *restrict d = k->d + t * SS_LANES;
         SS_SIMD
         for (int32_t l = 0; l < SS_LANES; ++l) {
-            float v = r[l] - alpha * q[l];
-            r[l] = v;
-            lane[l] += v * v;
+            float v = z[l] - alpha * q[l] / d[l];
+            z[l] = v;
+            lane[l] += v * d[l] * v;
         }
     }
     return fold_lanes(lane);
@@ -437,7 +418,7 @@ static void store_row(const walk *k, int64_t row, float *restrict out) {
         const int64_t x0 = k->x0 + c * SS_LANES;
         const int64_t n = i == 0 ? 0 : (k->W - x0 < SS_LANES ? k->W - x0 : SS_LANES);
         for (int64_t l = 0; l < n; ++l) {
-            float v = out[x0 + l] + k->s[i + l] * (k->e[i + l] + alpha * p[i + l]);
+            float v = out[x0 + l] + (k->e[i + l] + alpha * p[i + l]);
             v = v < 0.0f ? 0.0f : v;
             out[x0 + l] = v > 1.0f ? 1.0f : v;
         }
@@ -509,7 +490,7 @@ static void solve(void *ctx, ss_region *region, int32_t thread) {
     }
     ss_barrier(region);
     for (int64_t b = blocks * thread / threads; b < blocks * (thread + 1) / threads; ++b) {
-        k->part[0][b] = scale_block(k, b);
+        k->part[0][b] = update_block(k, b, 0.0f);
     }
     ss_barrier(region);
     iterate(k, region, thread);
@@ -522,7 +503,7 @@ static void solve(void *ctx, ss_region *region, int32_t thread) {
 static void free_walk(walk *k) {
     ss_scratch_free(k->map);
     ss_scratch_free(k->beside);
-    ss_scratch_free(k->s);
+    ss_scratch_free(k->c);
     ss_scratch_free(k->row_sum);
     ss_scratch_free(k->lines);
 }
@@ -551,16 +532,16 @@ static ss_status allocate(ss_exec *x, walk *k, int32_t threads) {
     const int64_t blocks = (k->tiles + BLOCK_TILES - 1) / BLOCK_TILES;
     k->pitch = (k->W + 2 * SS_LANES + 2 + 15) / 16 * 16;
     k->beside = ss_scratch(x, 4 * (k->tiles + 2), sizeof(int32_t));
-    k->s = ss_scratch(x, ARRAYS * length, sizeof(float));
+    k->c = ss_scratch(x, ARRAYS * length, sizeof(float));
     k->row_sum = ss_scratch(x, k->D * k->H + 2 * blocks, sizeof(double));
     k->lines = ss_scratch(x, threads * LINES * k->pitch, sizeof(float));
-    if (!k->beside || !k->s || !k->row_sum || !k->lines) {
+    if (!k->beside || !k->c || !k->row_sum || !k->lines) {
         return SS_NO_MEMORY;
     }
-    float **arrays[ARRAYS] = {&k->s, &k->wx, &k->wy,   &k->wz,  &k->r,
-                              &k->q, &k->e,  &k->p[0], &k->p[1]};
+    float **arrays[ARRAYS] = {&k->c, &k->d, &k->wx, &k->wy,   &k->wz,
+                              &k->z, &k->q, &k->e,  &k->p[0], &k->p[1]};
     for (int32_t i = 0; i < ARRAYS; ++i) {
-        *arrays[i] = k->s + i * length;
+        *arrays[i] = k->c + i * length;
         memset(*arrays[i], 0, SS_LANES * sizeof(float));
         memset(*arrays[i] + (k->tiles + 1) * SS_LANES, 0, SS_LANES * sizeof(float));
     }
