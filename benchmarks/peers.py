@@ -8,6 +8,7 @@ descriptions in the way that training scripts usually write them.
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -122,3 +123,47 @@ def _masked_mse_only(data):
 # ---- metrics ------------------------------------------------------------------------------------
 
 # ---- random walker ------------------------------------------------------------------------------
+
+
+def random_walker_skimage_cg_j(data):
+    """scikit-image's Jacobi mode at its default tolerance (1e-3). It has no prior: seeds alone."""
+    segmentation = importlib.import_module("skimage.segmentation")
+    image, seeds = data["image"], data["seeds"]
+    beta = 90 * 10 * float(image.std())  # it divides beta by 10 std
+    full = segmentation.random_walker(image, seeds, beta=beta, mode="cg_j", return_full_prob=True)
+    return full[0]
+
+
+def random_walker_scipy_cg(data):
+    """The same system and preconditioner as a sparse matrix over the free voxels in SciPy, float64."""
+    sparse = importlib.import_module("scipy.sparse")
+    linalg = importlib.import_module("scipy.sparse.linalg")
+    image, seeds, prior, gamma = data["image"], data["seeds"], data["prior"], data["gamma"]
+    free = np.flatnonzero(seeds == 0)
+    number = np.full(image.size, -1)
+    number[free] = np.arange(free.size)
+    grid = np.arange(image.size).reshape(image.shape)
+    fixed = (seeds == 1).ravel()
+    diagonal = np.full(free.size, gamma)
+    right = gamma * prior.ravel()[free].astype(np.float64)
+    rows, columns, values = [], [], []
+    for axis in range(image.ndim):
+        weights = np.exp(-90 * np.diff(image, axis=axis).ravel() ** 2) + 1e-5
+        i = grid.take(range(image.shape[axis] - 1), axis).ravel()
+        j = grid.take(range(1, image.shape[axis]), axis).ravel()
+        for here, there in ((i, j), (j, i)):
+            a, b = number[here], number[there]
+            of = a >= 0
+            diagonal += np.bincount(a[of], weights[of], free.size)
+            seed = of & (b < 0) & fixed[there]
+            right += np.bincount(a[seed], weights[seed], free.size)
+            both = of & (b >= 0)
+            rows.append(a[both])
+            columns.append(b[both])
+            values.append(-weights[both])
+    off = sparse.csr_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))))
+    off.resize(free.size, free.size)
+    jacobi = sparse.diags(1 / diagonal)
+    x = fixed.astype(np.float32)
+    x[free], _ = linalg.cg(off + sparse.diags(diagonal), right, prior.ravel()[free], rtol=1e-4, M=jacobi)
+    return x.reshape(image.shape)

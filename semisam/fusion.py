@@ -121,7 +121,9 @@ def fuse(
     if not want:
         raise ValueError(f"fuse(): want: expected at least one of {', '.join(_WANT)}, got nothing")
     if weight == "gate" and tau_u is None and "weight" in want:
-        raise ValueError("fuse(): tau_u: expected a threshold in 0..1 for weight='gate' (0.5 is usual), got None")
+        raise ValueError(
+            "fuse(): tau_u: expected a threshold in 0..1 for weight='gate' (0.5 is usual), got None"
+        )
     outputs = _run(
         maps,
         _weights("weights", weights, maps),
@@ -223,7 +225,9 @@ def mc_uncertainty(
     for name in want:
         _choice("mc_uncertainty", "want", name, tuple(names))
     if not want:
-        raise ValueError("mc_uncertainty(): want: expected at least one of mean, uncertainty, mask, got nothing")
+        raise ValueError(
+            "mc_uncertainty(): want: expected at least one of mean, uncertainty, mask, got nothing"
+        )
     if not 0 <= threshold <= 1:
         raise ValueError(f"mc_uncertainty(): threshold: expected a number from 0 to 1, got {threshold}")
     # H < threshold is H <= the next smaller number of the dtype that the core computes in.
@@ -306,7 +310,9 @@ def source_weights(
     >>> r_unc.tolist()
     [0.0, 0.0, 0.2, 0.2, 0.0, 0.1, 0.5]
     """
-    scores = np.asarray(reliability.scores if isinstance(reliability, Reliability) else reliability, np.float64)
+    scores = np.asarray(
+        reliability.scores if isinstance(reliability, Reliability) else reliability, np.float64
+    )
     done = np.asarray(rounds)
     if scores.ndim != 1 or not scores.size or not np.all((scores >= 0) & (scores <= 1)):
         raise ValueError(

@@ -8,6 +8,7 @@ read, not to be fast; tests compare every kernel with it and nothing else import
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +100,62 @@ def fuse(
         for o, shape, asked in zip(outputs, shapes, want, strict=True)
     ]
 
+
 # ---- distances and components -------------------------------------------------------------------
 
 # ---- metrics ------------------------------------------------------------------------------------
 
 # ---- random walker ------------------------------------------------------------------------------
+
+
+def random_walker(  # noqa: PLR0917  (the operator's own order)
+    image: Tensor,
+    seeds: Tensor,
+    prior: Tensor | None,
+    classes: int,
+    gamma: float,
+    beta: float,
+    spacing: Sequence[float],
+    tol: float,
+    max_iter: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Jacobi-preconditioned conjugate gradients on (L + gamma I) x = gamma pi, from x = pi or 1/2.
+
+    They stop when sqrt(r' D^-1 r / c' D^-1 c) <= tol, with D the diagonal and c = A 1.
+    """
+    matrices = [_walk_matrix(i.double(), gamma, beta, list(spacing) or [1.0] * 3) for i in image]
+    results = []
+    for n in range(len(seeds)):
+        kind, matrix = seeds[n].flatten(), matrices[n // classes]
+        start = torch.full(kind.shape, 0.5) if prior is None else prior[n].flatten()
+        x = torch.where(kind == 0, start.double(), (kind == 1).double())
+        free = kind == 0
+        a, pi = matrix[free][:, free], x[free]
+        r = gamma * pi - matrix[free] @ x
+        c, d = a.sum(1), a.diagonal()
+        total, p, rz, k = c @ (c / d), r / d, r @ (r / d), 0
+        while k < max_iter and rz > tol * tol * total:
+            q = a @ p
+            alpha = rz / (p @ q)
+            x[free] += alpha * p
+            r = r - alpha * q
+            p, rz, k = r / d + (r @ (r / d)) / rz * p, r @ (r / d), k + 1
+        residual = (rz / total).sqrt() if free.any() else torch.zeros(()).double()
+        results.append((x.clamp(0, 1).view(seeds.shape[1:]), torch.tensor(k), residual))
+    prob, iterations, residuals = zip(*results, strict=True)
+    return torch.stack(prob), torch.stack(iterations), torch.stack(residuals)
+
+
+def _walk_matrix(image: Tensor, gamma: float, beta: float, spacing: Sequence[float]) -> Tensor:
+    """L + gamma I of a [D, H, W] grid, dense: for small ones."""
+    number = torch.arange(image.numel()).view(image.shape)
+    matrix = gamma * torch.eye(image.numel(), dtype=torch.float64)
+    for axis in range(3):
+        steps = image.diff(dim=axis).flatten()
+        w = (torch.exp(-beta * steps**2) + 1e-5) * (min(spacing) / spacing[axis]) ** 2
+        i = number.narrow(axis, 0, image.shape[axis] - 1).flatten()
+        j = number.narrow(axis, 1, image.shape[axis] - 1).flatten()
+        for a, b in ((i, j), (j, i)):
+            matrix.index_put_((a, b), -w, accumulate=True)
+            matrix.index_put_((a, a), w, accumulate=True)
+    return matrix

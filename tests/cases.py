@@ -13,6 +13,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,78 @@ CASES += [
 
 # ---- random walker ------------------------------------------------------------------------------
 
+
+def _walk(r: np.random.Generator, images: int, classes: int, *space: int) -> tuple[np.ndarray, ...]:
+    """Smooth images; seeds that leave a band around a random plane free; a prior."""
+    image = r.standard_normal((images, *space))
+    for axis in (1, 2, 3):
+        image = (image + np.roll(image, 1, axis)) / 2
+    seeds = np.zeros((images * classes, *space), np.uint8)
+    height = np.arange(space[-1]) + r.integers(-2, 3, (images * classes, *space[:-1], 1))
+    seeds[height < space[-1] // 4] = 1
+    seeds[height > 3 * space[-1] // 4] = 2
+    return image, seeds, r.random(seeds.shape)
+
+
+_WALK = "CG stops at a relative residual of 1e-6; float32 vectors round to 6e-8, times the condition number"
+CASES += [
+    Case(
+        "random_walker",
+        "prior",
+        lambda r: (*_walk(r, 1, 1, 5, 9, 20), 1, 0.05, 30.0, [], 1e-6, 500),
+        FLOATS,
+        2e-5,
+        0,
+        _WALK,
+    ),
+    Case(
+        "random_walker",
+        "no prior, spacing",
+        lambda r: (*_walk(r, 1, 2, 4, 7, 18)[:2], None, 2, 0.0, 3.0, [3.0, 1.0, 1.5], 1e-6, 500),
+        ("f32", "f64"),
+        2e-5,
+        0,
+        _WALK,
+    ),
+    Case(
+        "random_walker",
+        "batch of classes",
+        lambda r: (*_walk(r, 2, 2, 3, 6, 17), 2, 0.005, 10.0, [1.0, 1.0, 1.0], 1e-5, 500),
+        ("f32",),
+        2e-5,
+        0,
+        _WALK,
+    ),
+    Case(
+        "random_walker",
+        "2d, stopped early",
+        lambda r: (*_walk(r, 1, 1, 1, 30, 40), 1, 0.01, 10.0, [], 0.0, 3),
+        ("f32",),
+        2e-5,
+        0,
+        "three iterations in float32",
+    ),
+    Case(
+        "random_walker",
+        "signed seeds, all free",
+        lambda r: (
+            _walk(r, 1, 1, 3, 5, 33)[0],
+            np.zeros((1, 3, 5, 33), np.int8),
+            r.random((1, 3, 5, 33)),
+            1,
+            0.5,
+            90.0,
+            [],
+            1e-6,
+            500,
+        ),
+        ("f32",),
+        2e-5,
+        0,
+        _WALK,
+    ),
+]
+
 # ==== speed ======================================================================================
 
 
@@ -236,3 +309,57 @@ SPEEDS += [
 # ---- metrics ------------------------------------------------------------------------------------
 
 # ---- random walker ------------------------------------------------------------------------------
+
+
+def _mask_problem(r: np.random.Generator, *space: int) -> dict[str, Any]:
+    """An ellipsoid of other brightness in noise, and seeds and prior from a roughened copy of it."""
+    ndimage = importlib.import_module("scipy.ndimage")
+    grid = np.stack(np.meshgrid(*[np.linspace(-2, 2, n) for n in space], indexing="ij"))
+    inside = (grid**2).sum(0) < 1
+    image = _ours("random_walk.standardize", inside + 0.4 * r.standard_normal(space).astype(np.float32))
+    noise = ndimage.gaussian_filter(r.standard_normal(space), 2)
+    signed = ndimage.distance_transform_edt(inside) - ndimage.distance_transform_edt(~inside)
+    mask = signed + 1.5 * noise / noise.std() > 0
+    seeds, prior = _ours("random_walk.mask_seeds", image, mask)
+    data = {"image": image, "mask": mask, "seeds": seeds, "prior": prior, "gamma": 0.05}
+    _, info = _walk_ours({**data, "return_info": True})
+    return {**data, "sweeps": int(info.iterations)}
+
+
+def _walk_ours(d: dict[str, Any]) -> Any:
+    more = {"gamma": d["gamma"], "return_info": d.get("return_info", False)}
+    return _ours("random_walk.random_walker", d["image"], d["seeds"], d["prior"], **more)
+
+
+def _walk_bytes(d: dict[str, Any]) -> int:
+    """56 bytes per free voxel and iteration; image, seeds, prior in and x out once."""
+    return int(np.count_nonzero(d["seeds"] == 0)) * 56 * d["sweeps"] + 13 * d["seeds"].size
+
+
+SPEEDS += [
+    Speed(
+        f"random walker, mask prompt, {name} voxels",
+        partial(lambda space, r: _mask_problem(r, *space), space),
+        _walk_ours,
+        ("random_walker_skimage_cg_j", "random_walker_scipy_cg"),
+        _walk_bytes,
+        {"random_walker_skimage_cg_j": 20, "floor": 2},
+        lambda a, b: float(np.mean((a > 0.5) != (b > 0.5))),
+        repeat,
+    )
+    for name, space, repeat in (
+        ("62 k", (35, 51, 35), 7),
+        ("225 k", (90, 70, 36), 7),
+        ("1.8 M", (180, 140, 72), 3),
+    )
+]
+SPEEDS += [
+    Speed(
+        "random walker, image and mask to x, 62 k",
+        lambda r: _mask_problem(r, 35, 51, 35),
+        lambda d: _ours("random_walk.mask_prompt", d["image"], d["mask"]),
+        (),
+        _walk_bytes,
+        {},
+    ),
+]

@@ -13,7 +13,9 @@ import semisam
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-MODULES = sorted(m.name for m in pkgutil.iter_modules(semisam.__path__) if m.name not in ("_core", "__main__"))
+MODULES = sorted(
+    m.name for m in pkgutil.iter_modules(semisam.__path__) if m.name not in ("_core", "__main__")
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -28,7 +30,9 @@ def test_readme_examples():
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if not m.startswith("_") and m not in ("reference", "cli")])
+@pytest.mark.parametrize(
+    "name", [m for m in MODULES if not m.startswith("_") and m not in ("reference", "cli")]
+)
 def test_public_functions_have_an_example(name):
     module = importlib.import_module(f"semisam.{name}")
     for public in module.__all__:

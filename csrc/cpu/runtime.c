@@ -95,6 +95,106 @@ void ss_parallel_for(const ss_exec *x, int64_t n, int64_t grain, ss_body body, v
     }
 }
 
+/* ---- a team with a barrier ------------------------------------------------------------------ */
+
+struct ss_region {
+    ss_region_body body;
+    void *ctx;
+    pthread_mutex_t lock;
+    pthread_cond_t moved;
+    atomic_int arrived;
+    atomic_uint phase; /* how many barriers have been passed; the first one is the start */
+    int32_t threads;
+};
+
+typedef struct ss_member {
+    ss_region *region;
+    int32_t thread;
+    pthread_t handle;
+} ss_member;
+
+/* About 10 us: longer than a sweep's threads differ by, shorter than a time slice of a busy core.
+ */
+#define SS_SPINS 256
+
+static void ss_next_phase(ss_region *region) {
+    pthread_mutex_lock(&region->lock);
+    atomic_fetch_add_explicit(&region->phase, 1, memory_order_release);
+    pthread_cond_broadcast(&region->moved);
+    pthread_mutex_unlock(&region->lock);
+}
+
+static void ss_await_phase(ss_region *region, unsigned phase) {
+    for (int32_t i = 0; i < SS_SPINS; ++i) {
+        if (atomic_load_explicit(&region->phase, memory_order_acquire) != phase) {
+            return;
+        }
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#endif
+    }
+    pthread_mutex_lock(&region->lock);
+    while (atomic_load_explicit(&region->phase, memory_order_acquire) == phase) {
+        pthread_cond_wait(&region->moved, &region->lock);
+    }
+    pthread_mutex_unlock(&region->lock);
+}
+
+int32_t ss_region_threads(const ss_region *region) {
+    return region->threads;
+}
+
+void ss_barrier(ss_region *region) {
+    if (region->threads == 1) {
+        return;
+    }
+    unsigned phase = atomic_load_explicit(&region->phase, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&region->arrived, 1, memory_order_acq_rel) + 1 ==
+        region->threads) {
+        atomic_store_explicit(&region->arrived, 0, memory_order_relaxed);
+        ss_next_phase(region);
+    } else {
+        ss_await_phase(region, phase);
+    }
+}
+
+static void *ss_member_main(void *p) {
+    ss_member *m = p;
+    ss_await_phase(m->region, 0); /* until it is known how many there are */
+    m->region->body(m->region->ctx, m->region, m->thread);
+    return NULL;
+}
+
+void ss_parallel_region(int32_t threads, ss_region_body body, void *ctx) {
+    ss_region region = {.body = body, .ctx = ctx, .threads = 1};
+    if (threads <= 1) {
+        body(ctx, &region, 0);
+        return;
+    }
+    threads = threads < SS_MAX_THREADS ? threads : SS_MAX_THREADS;
+    pthread_mutex_init(&region.lock, NULL);
+    pthread_cond_init(&region.moved, NULL);
+    atomic_init(&region.arrived, 0);
+    atomic_init(&region.phase, 0);
+    ss_member members[SS_MAX_THREADS];
+    int32_t started = 1;
+    for (; started < threads; ++started) {
+        members[started] = (ss_member){.region = &region, .thread = started};
+        if (pthread_create(&members[started].handle, NULL, ss_member_main, &members[started]) !=
+            0) {
+            break; /* fewer threads: slower, same result */
+        }
+    }
+    region.threads = started;
+    ss_next_phase(&region);
+    body(ctx, &region, 0);
+    for (int32_t t = 1; t < started; ++t) {
+        pthread_join(members[t].handle, NULL);
+    }
+    pthread_cond_destroy(&region.moved);
+    pthread_mutex_destroy(&region.lock);
+}
+
 void *ss_scratch(ss_exec *x, int64_t count, size_t size) {
     void *p = NULL;
     if (count >= 0 && (uint64_t)count <= (SIZE_MAX / 2) / size) {

@@ -19,6 +19,16 @@ int32_t ss_parallel_threads(const ss_exec *x, int64_t n, int64_t grain);
 /* Calls body for groups of `grain` items until all n are done; returns when they are. */
 void ss_parallel_for(const ss_exec *x, int64_t n, int64_t grain, ss_body body, void *ctx);
 
+/* A team that lives for one call, for algorithms of many short sweeps that depend on each other:
+ * body runs once on each of `threads` threads (fewer if the system has none to spare: see
+ * ss_region_threads), and ss_barrier returns when all of them have reached it. Whatever a thread
+ * wrote before a barrier is visible to all behind it. All threads are joined on return. */
+typedef struct ss_region ss_region;
+typedef void (*ss_region_body)(void *ctx, ss_region *region, int32_t thread);
+void ss_parallel_region(int32_t threads, ss_region_body body, void *ctx);
+int32_t ss_region_threads(const ss_region *region);
+void ss_barrier(ss_region *region);
+
 /* count * size bytes aligned to 64, or NULL with the sentence already in x->error. Free with
  * ss_scratch_free, which takes NULL. */
 void *ss_scratch(ss_exec *x, int64_t count, size_t size);
