@@ -58,6 +58,62 @@ CASES += [
     ),
 ]
 
+
+def _softmax(r: np.random.Generator, *shape: int, scale: float = 3.0) -> np.ndarray:
+    z = np.exp(scale * r.standard_normal(shape))
+    return z / z.sum(1, keepdims=True)
+
+
+def _masks(r: np.random.Generator, *shape: int, share: float = 0.5) -> np.ndarray:
+    """Blobs rather than noise: regions with an inside."""
+    z = r.standard_normal(shape)
+    for axis in range(1, len(shape)):
+        for _ in range(2):
+            z = z + np.roll(z, 1, axis) + np.roll(z, -1, axis)
+    return z > np.quantile(z, 1 - share)
+
+
+def _counter(r: np.random.Generator, n: int) -> np.ndarray:
+    return r.integers(0, 2**32, (n, 4))
+
+
+def _clicks(r: np.random.Generator, *shape: int, ritm: int, dims: int = 3, optional: str = "gr") -> tuple:
+    t, g, m, n = _masks(r, *shape), _masks(r, *shape), _masks(r, *shape), shape[0]
+    t[-1] = g[-1]  # a converged row
+    skip = (np.arange(n) == 1) if "s" in optional else None
+    return (
+        t,
+        g.view(np.uint8) * 255 if "g" in optional else None,
+        m if "r" in optional else None,
+        skip,
+        _counter(r, n),
+        -(2**63) + 12345 if ritm else 2**62 + 7,
+        ritm,
+        dims,
+    )
+
+
+CASES += [
+    Case("specialist_targets", "2d", lambda r: (_softmax(r, 2, 4, 33, 35), 3, 0.5, 0.2, 0.5), FLOATS),
+    Case("specialist_targets", "binary", lambda r: (_softmax(r, 3, 2, 9, 10, 13), 1, 0.5, 0.2, 0.5), FLOATS),
+    Case("specialist_targets", "low", lambda r: (_softmax(r, 2, 9, 13, scale=0.3), 8, 0.5, 0.2, 0.9)),
+    Case("specialist_targets", "all", lambda r: (_softmax(r, 2, 3, 50, scale=0.5), 2, 0.9, 0.6, 1.0)),
+    Case("next_click", "ritm", lambda r: _clicks(r, 5, 9, 8, 11, ritm=1), ()),
+    Case("next_click", "ritm-skip", lambda r: _clicks(r, 4, 6, 12, 7, ritm=1, optional="grs"), ()),
+    Case("next_click", "ritm-first", lambda r: _clicks(r, 3, 8, 10, 9, ritm=1, optional="r"), ()),
+    Case("next_click", "ritm-2d", lambda r: _clicks(r, 6, 1, 20, 33, ritm=1, dims=2, optional="g"), ()),
+    Case("next_click", "ritm-flat", lambda r: _clicks(r, 2, 1, 9, 21, ritm=1), ()),
+    Case("next_click", "random", lambda r: _clicks(r, 5, 7, 20, 19, ritm=0), ()),
+    Case("next_click", "random-first", lambda r: _clicks(r, 2, 1, 200, 3, ritm=0, optional="s"), ()),
+    Case("sample_points", "2d", lambda r: (_softmax(r, 3, 2, 1, 40, 33), _counter(r, 3), 7, 5, 0.8), FLOATS),
+    Case("sample_points", "3d", lambda r: (_softmax(r, 2, 5, 7, 9, 21), _counter(r, 2), -3, 5, 0.8)),
+    Case("sample_points", "few", lambda r: (_softmax(r, 1, 6, 1, 4, 5), _counter(r, 1), 0, 12, 0.5)),
+    Case("sample_points", "many", lambda r: (_softmax(r, 1, 3, 5, 30, 31), _counter(r, 1), 1, 700, 0.9)),
+    Case("boxes", "3d", lambda r: (r.random((5, 9, 8, 11)) > 0.995, 0.05), (), 1e-6, 1e-6, _ROUNDING),
+    Case("boxes", "lines", lambda r: (r.random((2, 1, 300, 70)) > 0.9997, 0.0), ()),
+    Case("boxes", "full", lambda r: (np.full((2, 1, 7, 5), 3, np.uint8), 0.5), ()),
+]
+
 # ---- losses -------------------------------------------------------------------------------------
 
 # ---- fusion -------------------------------------------------------------------------------------
