@@ -170,8 +170,82 @@ SPEEDS += [
         lambda p: _ours("prompts.mask_logits", p, (32, 32, 32)),
         ("mask_logits_torch",),
         lambda p: p.nbytes + 2 * 32**3 * 4,
-        {},
+        {"mask_logits_torch": 1.5, "floor": 1.5},
         lambda a, b: float((a - b).abs().max()),
+    ),
+]
+
+
+def _ball(shape: tuple[int, ...], center: tuple[float, ...], radius: float) -> np.ndarray:
+    grid = np.ogrid[tuple(slice(n) for n in shape)]
+    return sum((g - c) ** 2 for g, c in zip(grid, center, strict=True)) <= radius**2
+
+
+def _organ(moved: bool) -> tuple[Any, Any]:
+    """A target of 8 % of 128^3, and a mask that lies 4 voxels beside it and is too small, or is empty."""
+    target = _ball((128,) * 3, (64, 60, 66), 34)
+    current = _ball((128,) * 3, (68, 60, 62), 33) if moved else np.zeros_like(target)
+    return _torch(target[None, None]), _torch(current[None, None])
+
+
+def _click(data: Any, rule: str) -> Any:
+    return _ours("prompts.next_click", *data, seed=1, iteration=2, sample_ids=[3], round=0, rule=rule)
+
+
+def _disc_prob(side: int) -> Any:
+    p = np.where(_ball((side, side), (side / 2, side / 3), side / 4), 0.9, 0.05).astype(np.float32)
+    return _torch(np.ascontiguousarray(np.broadcast_to(np.stack([1 - p, p]), (8, 2, side, side))))
+
+
+SPEEDS += [
+    *(
+        Speed(
+            f"RITM click 128^3, {'second' if moved else 'first'}",
+            lambda r, moved=moved: _organ(moved),
+            lambda data: _click(data, "ritm"),
+            ("ritm_published", "ritm_scipy"),
+            lambda data: 2 * data[0].numel(),
+            {"ritm_published": 6},
+        )
+        for moved in (False, True)
+    ),
+    Speed(
+        "random click 128^3",
+        lambda r: _organ(True),
+        lambda data: _click(data, "random"),
+        ("random_published",),
+        lambda data: 2 * data[0].numel(),
+        {"best": 5, "floor": 1.3},
+    ),
+    *(
+        Speed(
+            f"SC-SAM points 8x2x{side}^2",
+            lambda r, side=side: _disc_prob(side),
+            lambda p: _ours("prompts.sample_points", p, 5, seed=1, iteration=2, sample_ids=list(range(8))),
+            ("points_published",),
+            lambda p: p.nbytes,
+            {"best": 20, "floor": 1.5},
+        )
+        for side in (256, 512, 1024)
+    ),
+    *(
+        Speed(
+            f"boxes 8x{side}^2",
+            lambda r, side=side: _disc_prob(side)[:, 1:] > 0.5,
+            lambda m: _ours("prompts.boxes", m, 0.0, order="xy")[0],
+            ("boxes_published", "boxes_monai", "boxes_numpy"),
+            lambda m: m.numel(),
+            {"boxes_published": 3, "floor": 1.5},
+        )
+        for side in (256, 512, 1024)
+    ),
+    Speed(
+        "specialist targets 2x2x128^3",
+        lambda r: _torch(_softmax(r, 2, 2, 128, 128, 128).astype(np.float32)),
+        lambda p: _ours("prompts.specialist_targets", p),
+        ("targets_torch",),
+        lambda p: p.nbytes + 2 * p.nbytes // 8,
+        {"best": 5},
     ),
 ]
 

@@ -42,9 +42,15 @@ static void scan(void *ctx, int64_t begin, int64_t end, int32_t thread) {
         const uint8_t *m = (const uint8_t *)j->a->mask.data + n * lines * width;
         extent e = extent_empty();
         memset(columns, 0, (size_t)width);
-        for (int64_t line = first; line < last; ++line) {
-            if (add_line(m + line * width, width, columns)) {
-                extent_line(&e, line, s[2]);
+        for (int64_t line = first; line < last; line += SS_SKIP) {
+            int64_t stop = line + SS_SKIP < last ? line + SS_SKIP : last;
+            if (!ss_any(m + line * width, (stop - line) * width)) {
+                continue;
+            }
+            for (int64_t k = line; k < stop; ++k) {
+                if (add_line(m + k * width, width, columns)) {
+                    extent_line(&e, k, s[2]);
+                }
             }
         }
         extent_columns(&e, columns, width);

@@ -12,6 +12,7 @@
 #include "lanes.h"
 
 #define SS_LINES 128 /* < 256: what a byte can count */
+#define SS_SKIP 8    /* lines that are looked at together first: mostly there is nothing in them */
 
 typedef struct extent {
     int64_t count;
@@ -63,6 +64,26 @@ static inline void extent_join(extent *e, const extent *other) {
         extent_include(e, axis, other->lo[axis]);
         extent_include(e, axis, other->hi[axis]);
     }
+}
+
+/* Whether any of n bytes is not 0. */
+static inline int ss_any(const uint8_t *restrict a, int64_t n) {
+    uint8_t any = 0;
+    _Pragma("omp simd reduction(| : any)")
+    for (int64_t i = 0; i < n; ++i) {
+        any |= a[i];
+    }
+    return any != 0;
+}
+
+/* Whether any of n bytes differs. */
+static inline int ss_differ(const uint8_t *restrict a, const uint8_t *restrict b, int64_t n) {
+    uint8_t any = 0;
+    _Pragma("omp simd reduction(| : any)")
+    for (int64_t i = 0; i < n; ++i) {
+        any |= a[i] ^ b[i];
+    }
+    return any != 0;
 }
 
 static inline int64_t ss_items(int64_t n, int64_t size) {

@@ -46,22 +46,38 @@ static int add_line(const uint8_t *restrict t, const uint8_t *restrict g, const 
     return any_fn | any_fp << 1;
 }
 
+/* False only where target and current mask agree; equal masks are the rule, and bytes tell. */
+static int may_differ(const patch *p, int64_t begin, int64_t end) {
+    const int64_t n = (end - begin) * p->width;
+    const uint8_t *t = p->target + begin * p->width;
+    return p->current_step ? ss_differ(t, p->current + begin * p->width, n) : ss_any(t, n);
+}
+
+static void add_lines(const patch *p, int64_t begin, int64_t end, uint8_t *fn, uint8_t *fp,
+                      extent e[2]) {
+    for (int64_t line = begin; line < end; ++line) {
+        int found = add_line(p->target + line * p->width, p->current + line * p->current_step,
+                             p->region + line * p->region_step, p->width, fn, fp);
+        for (int32_t k = 0; k < 2; ++k) {
+            if (found >> k & 1) {
+                extent_line(&e[k], line, p->a->target.shape[2]);
+            }
+        }
+    }
+}
+
 static void scan(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const patch *p = ctx;
-    const int64_t height = p->a->target.shape[2];
     uint8_t *fn = p->columns + thread * 2 * p->width, *fp = fn + p->width;
     for (int64_t item = begin; item < end; ++item) {
         int64_t first = item * SS_LINES;
         int64_t last = first + SS_LINES < p->lines ? first + SS_LINES : p->lines;
         extent e[2] = {extent_empty(), extent_empty()};
         memset(fn, 0, (size_t)p->width * 2);
-        for (int64_t line = first; line < last; ++line) {
-            int found = add_line(p->target + line * p->width, p->current + line * p->current_step,
-                                 p->region + line * p->region_step, p->width, fn, fp);
-            for (int32_t k = 0; k < 2; ++k) {
-                if (found >> k & 1) {
-                    extent_line(&e[k], line, height);
-                }
+        for (int64_t line = first; line < last; line += SS_SKIP) {
+            int64_t end_line = line + SS_SKIP < last ? line + SS_SKIP : last;
+            if (may_differ(p, line, end_line)) {
+                add_lines(p, line, end_line, fn, fp, e);
             }
         }
         extent_columns(&e[0], fn, p->width);

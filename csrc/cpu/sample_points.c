@@ -50,30 +50,63 @@ static int64_t classify(const job *j, int64_t b, int64_t block, int32_t *restric
             ss_load_f32(p, (b * p->shape[1] + c) * j->voxels + first, n, buffer);
         SS_SIMD
         for (int64_t i = 0; i < n; ++i) {
-            int32_t more = v[i] > best[i];
-            class[i] = more ? c : class[i];
-            best[i] = more ? v[i] : best[i];
+            int32_t more = -(int32_t)(v[i] > best[i]); /* all bits or none */
+            class[i] = (class[i] & ~more) | (c & more);
+            best[i] = v[i] > best[i] ? v[i] : best[i];
         }
     }
     return n;
 }
 
+/* Two classes need no intermediate results. */
+static void count_two(const job *j, int64_t b, int64_t block, counts *out) {
+    float buffers[2][VOXELS];
+    const int64_t first = block * VOXELS, start = 2 * b * j->voxels + first;
+    const int64_t n = j->voxels - first < VOXELS ? j->voxels - first : VOXELS;
+    const float *restrict p0 = ss_load_f32(&j->a->prob, start, n, buffers[0]);
+    const float *restrict p1 = ss_load_f32(&j->a->prob, start + j->voxels, n, buffers[1]);
+    const float confidence = j->confidence;
+    int32_t ones = 0, confident = 0, both = 0;
+    _Pragma("omp simd reduction(+ : ones, confident, both)")
+    for (int64_t i = 0; i < n; ++i) {
+        int32_t one = p1[i] > p0[i];
+        float best = p1[i] > p0[i] ? p1[i] : p0[i];
+        int32_t sure = best >= confidence;
+        ones += one;
+        confident += sure;
+        both += one & sure;
+    }
+    out[0] = (counts){(uint16_t)(n - ones), (uint16_t)(confident - both)};
+    out[1] = (counts){(uint16_t)ones, (uint16_t)both};
+}
+
+static void count_all(const job *j, int64_t b, int64_t block, counts *out) {
+    int32_t class[VOXELS];
+    float best[VOXELS];
+    const int64_t n = classify(j, b, block, class, best);
+    const float confidence = j->confidence;
+    for (int32_t c = 0; c < (int32_t)j->a->prob.shape[1]; ++c) {
+        int32_t all = 0, confident = 0;
+        _Pragma("omp simd reduction(+ : all, confident)")
+        for (int64_t i = 0; i < n; ++i) {
+            int32_t here = class[i] == c;
+            all += here;
+            confident += here & (best[i] >= confidence);
+        }
+        out[c] = (counts){(uint16_t)all, (uint16_t)confident};
+    }
+}
+
 static void count(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const job *j = ctx;
     const int64_t classes = j->a->prob.shape[1];
-    int32_t class[VOXELS];
-    float best[VOXELS];
     (void)thread;
     for (int64_t item = begin; item < end; ++item) {
-        int64_t n = classify(j, item / j->blocks, item % j->blocks, class, best);
-        for (int32_t c = 0; c < (int32_t)classes; ++c) {
-            int32_t all = 0, confident = 0;
-            _Pragma("omp simd reduction(+ : all, confident)") for (int64_t i = 0; i < n; ++i) {
-                int32_t here = class[i] == c;
-                all += here;
-                confident += here & (best[i] >= j->confidence);
-            }
-            j->count[item * classes + c] = (counts){(uint16_t)all, (uint16_t)confident};
+        counts *out = j->count + item * classes;
+        if (classes == 2) {
+            count_two(j, item / j->blocks, item % j->blocks, out);
+        } else {
+            count_all(j, item / j->blocks, item % j->blocks, out);
         }
     }
 }
