@@ -22,6 +22,116 @@ def mask_logits(prob: Tensor, d: int, h: int, w: int) -> Tensor:
     return F.adaptive_avg_pool3d(prob[:, None], (d, h, w))[:, 0].logit().clamp(-10, 10)
 
 
+def specialist_targets(
+    prob: Tensor, F: int, threshold: float, p_min: float, tau_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Target, confident region and skip flag of every sample and foreground class [B, F, ...]."""
+    foreground = prob[:, 1:]
+    assert foreground.shape[1] == F
+    top = foreground.flatten(2).amax(2)
+    skip = top < min(threshold, p_min)
+    low = top < threshold
+    th = torch.where(low, 0.5 * top, threshold)
+    around = (..., *[None] * (prob.ndim - 2))
+    target = (foreground >= th[around]) & ~skip[around]
+    entropy = -torch.xlogy(prob, prob).sum(1, keepdim=True) / math.log(F + 1)
+    region = ((entropy <= tau_p) | low[around] | (tau_p >= 1)) & ~skip[around]
+    return target, region, skip
+
+
+def philox64(seed: int, counter: list[int]) -> int:
+    """The first 64 bits of Philox4x32-10, low word first."""
+    c, k = list(counter), [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [b >> 32 ^ c[1] ^ k[0], b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c[0] | c[1] << 32
+
+
+def inner_distance2(mask: Tensor, dims: int) -> Tensor:
+    """Squared distance [D, H, W] to the nearest voxel outside `mask`, the patch's outside included."""
+    margin = [1, 1, 1, 1, int(dims == 3), int(dims == 3)]
+    outside = (~F.pad(mask, margin)).nonzero() - torch.tensor(margin[::-2])
+    inside = mask.nonzero()
+    d2 = torch.zeros(mask.shape, dtype=torch.int64)
+    if len(inside):
+        d2[mask] = (inside[:, None] - outside[None]).square().sum(-1).amin(1)
+    return d2
+
+
+def next_click(  # noqa: PLR0917  (the operator's arguments)
+    target: Tensor,
+    current: Tensor | None,
+    region: Tensor | None,
+    skip: Tensor | None,
+    counter: Tensor,
+    seed: int,
+    ritm: int,
+    dims: int,
+) -> tuple[Tensor, Tensor]:
+    """Click by the RITM or the random rule in every row: index [N, 3] and label [N]."""
+    point = torch.zeros(len(target), 3, dtype=torch.int64)
+    label = torch.full((len(target),), -1)
+    for n in range(len(target)):
+        t = target[n].bool()
+        g = torch.zeros_like(t) if current is None else current[n].bool()
+        r = torch.ones_like(t) if region is None else region[n].bool()
+        fn, fp = t & ~g & r, ~t & g & r
+        if not (fn | fp).any():
+            fn, fp = t & ~g, ~t & g
+        if not (fn | fp).any() or (skip is not None and skip[n]):
+            continue
+        if ritm:
+            d_fn, d_fp = inner_distance2(fn, dims), inner_distance2(fp, dims)
+            d2 = d_fn if d_fn.max() > d_fp.max() else d_fp
+            candidates = (4 * d2 > d2.max()).nonzero()
+        else:
+            candidates = (fn | fp).nonzero()
+        point[n] = candidates[len(candidates) * philox64(seed, counter[n].tolist()) >> 64]
+        label[n] = fn[tuple(point[n])]
+    return point, label
+
+
+def sample_points(
+    prob: Tensor, counter: Tensor, seed: int, n: int, confidence: float
+) -> tuple[Tensor, Tensor]:
+    """n points inside and n outside {argmax = c}: index [B, C, 2, n, 3], label [B, C, 2, n]."""
+    best, winner = prob.max(1)
+    point = torch.zeros(*prob.shape[:2], 2, n, 3, dtype=torch.int64)
+    label = torch.full((*prob.shape[:2], 2, n), -1)
+    for b in range(prob.shape[0]):
+        for c in range(prob.shape[1]):
+            for side in (0, 1):
+                inside = (winner[b] == c) ^ bool(side)
+                voxels = (inside & (best[b] >= confidence)).nonzero()
+                voxels = voxels if len(voxels) >= n else inside.nonzero()
+                m, ranks = len(voxels), set[int]()
+                for i in range(min(n, m)):
+                    j = m - min(n, m) + i  # Floyd: a rank of 0..j, or j itself if that one is taken
+                    words = counter[b].tolist()
+                    words[2] = (words[2] + (2 * c + side) * n + i) & 0xFFFFFFFF
+                    rank = (j + 1) * philox64(seed, words) >> 64
+                    ranks.add(j if rank in ranks else rank)
+                for i, rank in enumerate(sorted(ranks)):
+                    point[b, c, side, i] = voxels[rank]
+                    label[b, c, side, i] = 1 - side
+    return point, label
+
+
+def boxes(mask: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Bounding boxes [N, 6] (all lower, then all upper inclusive indices) with margin, and found [N]."""
+    box = torch.zeros(len(mask), 6, dtype=torch.float64)
+    found = mask.bool().flatten(1).any(1)
+    for n in found.nonzero().flatten().tolist():
+        voxels = mask[n].nonzero().double()
+        lo, hi = voxels.amin(0), voxels.amax(0)
+        grow = margin * (hi - lo + 1)
+        last = torch.tensor(mask.shape[1:]).double() - 1
+        box[n] = torch.cat([(lo - grow).clamp(min=0), torch.minimum(hi + grow, last)])
+    return box, found
+
+
 # ---- losses -------------------------------------------------------------------------------------
 
 # ---- fusion -------------------------------------------------------------------------------------

@@ -60,6 +60,62 @@ CASES += [
     ),
 ]
 
+
+def _softmax(r: np.random.Generator, *shape: int, scale: float = 3.0) -> np.ndarray:
+    z = np.exp(scale * r.standard_normal(shape))
+    return z / z.sum(1, keepdims=True)
+
+
+def _masks(r: np.random.Generator, *shape: int, share: float = 0.5) -> np.ndarray:
+    """Blobs rather than noise: regions with an inside."""
+    z = r.standard_normal(shape)
+    for axis in range(1, len(shape)):
+        for _ in range(2):
+            z = z + np.roll(z, 1, axis) + np.roll(z, -1, axis)
+    return z > np.quantile(z, 1 - share)
+
+
+def _counter(r: np.random.Generator, n: int) -> np.ndarray:
+    return r.integers(0, 2**32, (n, 4))
+
+
+def _clicks(r: np.random.Generator, *shape: int, ritm: int, dims: int = 3, optional: str = "gr") -> tuple:
+    t, g, m, n = _masks(r, *shape), _masks(r, *shape), _masks(r, *shape), shape[0]
+    t[-1] = g[-1]  # a converged row
+    skip = (np.arange(n) == 1) if "s" in optional else None
+    return (
+        t,
+        g.view(np.uint8) * 255 if "g" in optional else None,
+        m if "r" in optional else None,
+        skip,
+        _counter(r, n),
+        -(2**63) + 12345 if ritm else 2**62 + 7,
+        ritm,
+        dims,
+    )
+
+
+CASES += [
+    Case("specialist_targets", "2d", lambda r: (_softmax(r, 2, 4, 33, 35), 3, 0.5, 0.2, 0.5), FLOATS),
+    Case("specialist_targets", "binary", lambda r: (_softmax(r, 3, 2, 9, 10, 13), 1, 0.5, 0.2, 0.5), FLOATS),
+    Case("specialist_targets", "low", lambda r: (_softmax(r, 2, 9, 13, scale=0.3), 8, 0.5, 0.2, 0.9)),
+    Case("specialist_targets", "all", lambda r: (_softmax(r, 2, 3, 50, scale=0.5), 2, 0.9, 0.6, 1.0)),
+    Case("next_click", "ritm", lambda r: _clicks(r, 5, 9, 8, 11, ritm=1), ()),
+    Case("next_click", "ritm-skip", lambda r: _clicks(r, 4, 6, 12, 7, ritm=1, optional="grs"), ()),
+    Case("next_click", "ritm-first", lambda r: _clicks(r, 3, 8, 10, 9, ritm=1, optional="r"), ()),
+    Case("next_click", "ritm-2d", lambda r: _clicks(r, 6, 1, 20, 33, ritm=1, dims=2, optional="g"), ()),
+    Case("next_click", "ritm-flat", lambda r: _clicks(r, 2, 1, 9, 21, ritm=1), ()),
+    Case("next_click", "random", lambda r: _clicks(r, 5, 7, 20, 19, ritm=0), ()),
+    Case("next_click", "random-first", lambda r: _clicks(r, 2, 1, 200, 3, ritm=0, optional="s"), ()),
+    Case("sample_points", "2d", lambda r: (_softmax(r, 3, 2, 1, 40, 33), _counter(r, 3), 7, 5, 0.8), FLOATS),
+    Case("sample_points", "3d", lambda r: (_softmax(r, 2, 5, 7, 9, 21), _counter(r, 2), -3, 5, 0.8)),
+    Case("sample_points", "few", lambda r: (_softmax(r, 1, 6, 1, 4, 5), _counter(r, 1), 0, 12, 0.5)),
+    Case("sample_points", "many", lambda r: (_softmax(r, 1, 3, 5, 30, 31), _counter(r, 1), 1, 700, 0.9)),
+    Case("boxes", "3d", lambda r: (r.random((5, 9, 8, 11)) > 0.995, 0.05), (), 1e-6, 1e-6, _ROUNDING),
+    Case("boxes", "lines", lambda r: (r.random((2, 1, 300, 70)) > 0.9997, 0.0), ()),
+    Case("boxes", "full", lambda r: (np.full((2, 1, 7, 5), 3, np.uint8), 0.5), ()),
+]
+
 # ---- losses -------------------------------------------------------------------------------------
 
 # ---- fusion -------------------------------------------------------------------------------------
@@ -257,8 +313,82 @@ SPEEDS += [
         lambda p: _ours("prompts.mask_logits", p, (32, 32, 32)),
         ("mask_logits_torch",),
         lambda p: p.nbytes + 2 * 32**3 * 4,
-        {},
+        {"mask_logits_torch": 1.5, "floor": 1.5},
         lambda a, b: float((a - b).abs().max()),
+    ),
+]
+
+
+def _ball(shape: tuple[int, ...], center: tuple[float, ...], radius: float) -> np.ndarray:
+    grid = np.ogrid[tuple(slice(n) for n in shape)]
+    return sum((g - c) ** 2 for g, c in zip(grid, center, strict=True)) <= radius**2
+
+
+def _organ(moved: bool) -> tuple[Any, Any]:
+    """A target of 8 % of 128^3, and a mask that lies 4 voxels beside it and is too small, or is empty."""
+    target = _ball((128,) * 3, (64, 60, 66), 34)
+    current = _ball((128,) * 3, (68, 60, 62), 33) if moved else np.zeros_like(target)
+    return _torch(target[None, None]), _torch(current[None, None])
+
+
+def _click(data: Any, rule: str) -> Any:
+    return _ours("prompts.next_click", *data, seed=1, iteration=2, sample_ids=[3], round=0, rule=rule)
+
+
+def _disc_prob(side: int) -> Any:
+    p = np.where(_ball((side, side), (side / 2, side / 3), side / 4), 0.9, 0.05).astype(np.float32)
+    return _torch(np.ascontiguousarray(np.broadcast_to(np.stack([1 - p, p]), (8, 2, side, side))))
+
+
+SPEEDS += [
+    *(
+        Speed(
+            f"RITM click 128^3, {'second' if moved else 'first'}",
+            lambda r, moved=moved: _organ(moved),
+            lambda data: _click(data, "ritm"),
+            ("ritm_published", "ritm_scipy"),
+            lambda data: 2 * data[0].numel(),
+            {"ritm_published": 6},
+        )
+        for moved in (False, True)
+    ),
+    Speed(
+        "random click 128^3",
+        lambda r: _organ(True),
+        lambda data: _click(data, "random"),
+        ("random_published",),
+        lambda data: 2 * data[0].numel(),
+        {"best": 5, "floor": 1.3},
+    ),
+    *(
+        Speed(
+            f"SC-SAM points 8x2x{side}^2",
+            lambda r, side=side: _disc_prob(side),
+            lambda p: _ours("prompts.sample_points", p, 5, seed=1, iteration=2, sample_ids=list(range(8))),
+            ("points_published",),
+            lambda p: p.nbytes,
+            {"best": 20, "floor": 1.5},
+        )
+        for side in (256, 512, 1024)
+    ),
+    *(
+        Speed(
+            f"boxes 8x{side}^2",
+            lambda r, side=side: _disc_prob(side)[:, 1:] > 0.5,
+            lambda m: _ours("prompts.boxes", m, 0.0, order="xy")[0],
+            ("boxes_published", "boxes_monai", "boxes_numpy"),
+            lambda m: m.numel(),
+            {"boxes_published": 3, "floor": 1.5},
+        )
+        for side in (256, 512, 1024)
+    ),
+    Speed(
+        "specialist targets 2x2x128^3",
+        lambda r: _torch(_softmax(r, 2, 2, 128, 128, 128).astype(np.float32)),
+        lambda p: _ours("prompts.specialist_targets", p),
+        ("targets_torch",),
+        lambda p: p.nbytes + 2 * p.nbytes // 8,
+        {"best": 5},
     ),
 ]
 
