@@ -193,6 +193,108 @@ CASES += [
 
 # ---- metrics ------------------------------------------------------------------------------------
 
+
+def _blobs(rng: np.random.Generator, classes: int, *shape: int, kind: Any = np.uint8) -> np.ndarray:
+    """Label maps [N, *S]: boxes of random classes, painted over each other."""
+    out = np.zeros(shape, kind)
+    for case in out:
+        for _ in range(3 * classes):
+            corner = [rng.integers(0, n) for n in case.shape]
+            box = tuple(
+                slice(c, c + rng.integers(1, 1 + n // 2 + 1)) for c, n in zip(corner, case.shape, strict=True)
+            )
+            case[box] = rng.integers(0, classes)
+    return out
+
+
+def _surface(
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    classes: int = 3,
+    areas: bool = False,
+    dims: int = 3,
+    ignore: tuple[int, int] = (0, 0),
+    percentile: float = 95.0,
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0),
+    kind: Any = np.uint8,
+) -> tuple[Any, ...]:
+    maps = (_blobs(rng, classes, *shape, kind=kind), _blobs(rng, classes, *shape, kind=kind))
+    # Any weights do: whole numbers, so that no rounding decides where a share of weight is reached.
+    table = 1.0 + np.arange(256) % 7 if areas else None
+    near = [1.0 + c for c in range(classes)]
+    return (*maps, table, classes, 1, dims, *ignore, percentile, list(spacing), near)
+
+
+_ORDER = "sums in another order; distances round once more where coordinates are scaled first"
+CASES += [
+    Case("overlap", "u8", lambda r: (_blobs(r, 4, 2, 9, 21, 30), _blobs(r, 4, 2, 9, 21, 30), 4, 0, 0), ()),
+    Case(
+        "overlap",
+        "long",
+        lambda r: (_blobs(r, 3, 1, 70000), _blobs(r, 3, 1, 70000, kind=np.int64), 3, 0, 0),
+        (),
+    ),
+    Case(
+        "overlap",
+        "ignore",
+        lambda r: (
+            _blobs(r, 5, 3, 40, 41, kind=np.int16),
+            _blobs(r, 5, 3, 40, 41, kind=np.int32) - 1,
+            5,
+            1,
+            -1,
+        ),
+        (),
+    ),
+    Case("surface_metrics", "3d", lambda r: _surface(r, (2, 12, 17, 23)), (), 1e-12, 1e-12, _ORDER),
+    Case("surface_metrics", "one voxel", lambda r: _surface(r, (3, 1, 1, 1), 2), (), 1e-12, 1e-12, _ORDER),
+    Case(
+        "surface_metrics",
+        "long rows",
+        lambda r: _surface(r, (1, 2, 3, 9000), 2, spacing=(1.0, 2.0, 0.25), kind=np.int64),
+        (),
+        1e-12,
+        1e-12,
+        _ORDER,
+    ),
+    Case(
+        "surface_metrics",
+        "2d spacing",
+        lambda r: _surface(r, (2, 1, 60, 71), dims=2, spacing=(1.0, 0.7, 1.3, 1.0, 2.0, 0.5), kind=np.int32),
+        (),
+        1e-12,
+        1e-12,
+        _ORDER,
+    ),
+    Case(
+        "surface_metrics",
+        "ignore, median",
+        lambda r: _surface(r, (1, 14, 15, 70), 4, ignore=(1, 2), percentile=50.0, spacing=(3.0, 0.7, 0.7)),
+        (),
+        1e-12,
+        1e-12,
+        _ORDER,
+    ),
+    Case(
+        "surface_metrics",
+        "areas 3d",
+        lambda r: _surface(r, (2, 9, 14, 20), areas=True),
+        ("f64",),
+        1e-12,
+        1e-12,
+        _ORDER,
+    ),
+    Case(
+        "surface_metrics",
+        "areas 2d",
+        lambda r: _surface(r, (2, 1, 31, 66), areas=True, dims=2, spacing=(1.0, 0.5, 2.0)),
+        ("f64",),
+        1e-12,
+        1e-12,
+        _ORDER,
+    ),
+]
+
 # ---- random walker ------------------------------------------------------------------------------
 
 
@@ -437,6 +539,88 @@ SPEEDS += [
 # ---- distances and components -------------------------------------------------------------------
 
 # ---- metrics ------------------------------------------------------------------------------------
+
+
+def _perturbed(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
+    """A prediction as a trained network makes it: wavy borders, a shift, one false island."""
+    coarse = rng.normal(0, 1, [n // 8 + 1 for n in y.shape])
+    for axis, n in enumerate(y.shape):
+        coarse = coarse.repeat(8, axis).take(range(n), axis)
+    pred = y.copy()
+    for axis in range(y.ndim):
+        grown = np.maximum(np.roll(pred, 1, axis), np.roll(pred, -1, axis))
+        shrunk = np.minimum(np.roll(pred, 1, axis), np.roll(pred, -1, axis))
+        pred = np.where(coarse > 0.5, grown, np.where(coarse < -0.5, shrunk, pred)).astype(y.dtype)
+    pred = np.roll(pred, 2, 0)
+    pred[4:9, 4:9, 4:9] = 1
+    return pred
+
+
+def _atrium(rng: np.random.Generator, crop: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(prediction, reference): a left atrium where the data set is present, else an ellipsoid."""
+    try:
+        conftest = importlib.import_module("conftest")
+        path = sorted((conftest.DATA / "la").glob("*/*/mri_norm2.h5"))[0]
+        with importlib.import_module("h5py").File(path) as f:
+            y = f["label"][()]
+    except (ImportError, IndexError):
+        axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in (183, 140, 88)), indexing="ij", sparse=True)
+        y = (sum((a / s) ** 2 for a, s in zip(axes, (0.4, 0.4, 0.6), strict=True)) < 1).astype(np.uint8)
+    if crop:
+        start = [(n - s) // 2 for n, s in zip(y.shape, (112, 112, 80), strict=True)]
+        y = y[tuple(slice(b, b + s) for b, s in zip(start, (112, 112, 80), strict=True))]
+    y = np.ascontiguousarray(y)
+    return _perturbed(rng, y), y
+
+
+def _hd95_asd(data: Any) -> tuple[float, float]:
+    m = _ours("metrics.compute_all", data[0][None, None], data[1][None, None], 2)
+    return m["hd95"].item(), m["asd"].item()
+
+
+def _hd95_asd_monai(data: Any) -> tuple[float, float]:
+    m = _ours("metrics.compute_all", data[0][None, None], data[1][None, None], 2, definition="monai")
+    return m["hd95"].item(), m["asd"].item()
+
+
+def _hd95_asd_deepmind(data: Any) -> tuple[float, float]:
+    m = _ours("metrics.compute_all", data[0][None, None], data[1][None, None], 2, definition="deepmind")
+    return m["hd95"].item(), m["asd"].item()
+
+
+def _apart(a: Any, b: Any) -> float:
+    return max(abs(p - q) for p, q in zip(a, b, strict=True))
+
+
+for _where, _crop in (("LA case", False), ("crop 112^2x80", True)):
+    for _definition, _mine, _peer, _ratio in (
+        ("pooled", _hd95_asd, "hd95_asd_medpy", 25.0),
+        ("monai", _hd95_asd_monai, "hd95_asd_monai", 8.0),
+        ("deepmind", _hd95_asd_deepmind, "hd95_asd_deepmind", 8.0),
+    ):
+        SPEEDS.append(
+            Speed(
+                f"HD95 + ASD {_definition}, {_where}",
+                lambda r, crop=_crop: _atrium(r, crop),
+                _mine,
+                (_peer,),
+                lambda d: d[0].nbytes + d[1].nbytes,
+                {_peer: _ratio},
+                _apart,
+                repeat=5,
+            )
+        )
+SPEEDS += [
+    Speed(
+        "Dice, LA case",
+        lambda r: tuple(map(_torch, _atrium(r))),
+        lambda d: _ours("metrics.dice", d[0][None, None], d[1][None, None], num_classes=2),
+        ("dice_monai",),
+        lambda d: d[0].nbytes + d[1].nbytes,
+        {},
+        lambda a, b: float((a - b).abs().max()),
+    ),
+]
 
 # ---- random walker ------------------------------------------------------------------------------
 
