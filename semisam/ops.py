@@ -291,5 +291,14 @@ def _device(args: Sequence[Any], torch: Any) -> Any:
     return torch.device("cpu")
 
 
+def voxel_loss(
+    logits: Any, targets: Sequence[Any], weights: Sequence[Any], params: Sequence[float], *numbers: int
+) -> Any:
+    """Losses [terms, B, C] of `voxel_loss_forward` with gradient to the logits."""
+    from semisam import reference  # noqa: PLC0415
+
+    return reference.voxel_loss_forward(logits, targets, weights, params, *numbers)[0]
+
+
 if "torch" in sys.modules:
     register()  # now rather than inside somebody's torch.compile
