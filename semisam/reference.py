@@ -143,7 +143,7 @@ def _voxel_values(sums: Tensor, params: Sequence[float], voxels: int, activation
             factor /= c
         if t.reduction == "sample":
             kept = ~(w < t.min_weight * voxels) & (den != 0)
-            factor = factor * kept / (kept.sum().clamp(min=1) if t.pooled else 1)
+            factor = factor * kept.to(num) / (kept.sum().clamp(min=1) if t.pooled else 1)
         elif t.pooled:
             den = den.sum().expand_as(den)
         values[i, t.samples, 0] = factor * _ratio(num, den)
