@@ -238,6 +238,7 @@ def register() -> None:
         for key in ("CPU", "CUDA"):
             _library.impl(op, _torch_kernel(op, torch), key)
         torch.library.register_fake(f"semisam::{op}", _torch_fake(op, torch), lib=_library)
+    _define_functions(torch)
 
 
 def _torch_dtypes(torch: Any) -> dict[str, torch.dtype]:
@@ -289,6 +290,59 @@ def _device(args: Sequence[Any], torch: Any) -> Any:
             if isinstance(v, torch.Tensor):
                 return v.device
     return torch.device("cpu")
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def voxel_loss(
+    logits: Any,
+    targets: Sequence[Any],
+    weights: Sequence[Any],
+    params: Sequence[float],
+    activation: int,
+    terms: int,
+) -> Any:
+    """Return losses [terms, B, C] of the operator `voxel_loss_forward` with gradient to the logits.
+
+    The operators are raw; the `autograd.Function` is around them, which is what torch.compile traces.
+    Targets and weights are detached. Twice differentiable it is not: that raises RuntimeError.
+    """
+    torch: Any = sys.modules["torch"]
+    register()
+    if type(logits) is not torch.Tensor:
+        logits = logits.as_subclass(torch.Tensor)
+    others = [_plain(t, torch) for t in (*targets, *weights)]
+    return _functions["VoxelLoss"].apply(
+        logits.contiguous(), tuple(params), activation, terms, len(targets), *others
+    )
+
+
+_functions: dict[str, Any] = {}
+
+
+def _define_functions(torch: Any) -> None:
+    ops = torch.ops.semisam
+
+    class VoxelLoss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Any, params: Any, *args: Any) -> Any:
+            activation, terms, n, *arrays = args
+            values, stats = ops.voxel_loss_forward(logits, arrays[:n], arrays[n:], params, activation, terms)
+            ctx.save_for_backward(logits, stats, *arrays)
+            ctx.params, ctx.activation, ctx.terms, ctx.n = params, activation, terms, n
+            return values
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            logits, stats, *arrays = ctx.saved_tensors
+            dlogits = ops.voxel_loss_backward(
+                *(logits, arrays[: ctx.n], arrays[ctx.n :], ctx.params),
+                *(stats, grad, ctx.activation, ctx.terms),
+            )
+            return dlogits, *[None] * (4 + len(arrays))
+
+    _functions["VoxelLoss"] = VoxelLoss
 
 
 if "torch" in sys.modules:
