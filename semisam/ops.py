@@ -76,7 +76,12 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """Return how many threads a call uses: the setting, else torch's, else all cores (as 0)."""
+    """Return how many threads a call uses: the setting, else torch's, else 0, which means all cores.
+
+    >>> from semisam import ops
+    >>> ops.get_num_threads() >= 0
+    True
+    """
     if _threads:
         return _threads
     torch = sys.modules.get("torch")
