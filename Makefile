@@ -121,8 +121,10 @@ fuzz:
 	    $(CLANG) $(SS_FLAGS) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 	      -Icsrc -Itests/fuzz -o $(BUILD)/fuzz/$$f tests/fuzz/fuzz_$$f.c $(SS_ONCE) $(KERNELS) -pthread -lm; \
 	    echo "fuzz $$f: libFuzzer, $(FUZZ_SECONDS) s"; mkdir -p $(BUILD)/fuzz/corpus-$$f; \
-	    $(BUILD)/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -max_len=512 -verbosity=0 -print_final_stats=1 \
-	      -artifact_prefix=$(BUILD)/fuzz/ $(BUILD)/fuzz/corpus-$$f; \
+	    $(BUILD)/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -max_len=512 -print_final_stats=1 \
+	      -artifact_prefix=$(BUILD)/fuzz/$$f- $(BUILD)/fuzz/corpus-$$f >$(BUILD)/fuzz/$$f.log 2>&1 \
+	      || { tail -n 40 $(BUILD)/fuzz/$$f.log; exit 1; }; \
+	    sed -n 's/stat::number_of_executed_units: /  inputs: /p' $(BUILD)/fuzz/$$f.log; \
 	  else \
 	    $(CC) $(SS_FLAGS) $(VARIANT_FLAGS_asan) -Icsrc -Itests/fuzz -o $(BUILD)/fuzz/$$f \
 	      tests/fuzz/driver.c tests/fuzz/fuzz_$$f.c $(SS_ONCE) $(KERNELS) -pthread -lm; \
