@@ -40,6 +40,7 @@ DEFINES = -DSEMISAM_VERSION='"$(VERSION)"' $(patsubst v%,-DSS_WITH_V%,$(ISAS))
 # Variants differ in flags alone; each has its own folder of objects.
 VARIANT ?= plain
 VARIANT_FLAGS_asan := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+VARIANT_FLAGS_fuzz := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
 VARIANT_FLAGS_tsan := -O1 -g -fno-omit-frame-pointer -fsanitize=thread
 OBJ := $(BUILD)/c/$(VARIANT)
 ALL_CFLAGS = $(SS_FLAGS) $(VARIANT_FLAGS_$(VARIANT)) $(CFLAGS)
@@ -113,22 +114,31 @@ CLANG ?= clang
 HAS_LIBFUZZER := $(shell printf 'int LLVMFuzzerTestOneInput(const char*d,unsigned long n){return n?d[0]&0:0;}' \
   | $(CLANG) -x c - -fsanitize=fuzzer,address -o /dev/null 2>/dev/null && echo yes)
 
-.PHONY: fuzz
+.PHONY: fuzz fuzz-one objects
+objects: $(OBJECTS)
+ifeq ($(HAS_LIBFUZZER),yes)
 fuzz:
-	@mkdir -p $(BUILD)/fuzz
+	@$(MAKE) --no-print-directory -j$(JOBS) VARIANT=fuzz ISAS= CC=$(CLANG) objects
+	@$(MAKE) --no-print-directory VARIANT=fuzz ISAS= CC=$(CLANG) fuzz-one
+else
+fuzz:
+	@echo "fuzz: $(CLANG) has no libFuzzer here: random bytes instead"
+	@$(MAKE) --no-print-directory -j$(JOBS) VARIANT=asan objects
+	@$(MAKE) --no-print-directory VARIANT=asan fuzz-one
+endif
+FUZZ_LINK = $(if $(filter fuzz,$(VARIANT)),-fsanitize=fuzzer,tests/fuzz/driver.c)
+FUZZ_RUN = $(if $(filter fuzz,$(VARIANT)),-max_total_time=$(FUZZ_SECONDS) -max_len=512 \
+  -print_final_stats=1 -artifact_prefix=$(BUILD)/fuzz/$$f- $(BUILD)/fuzz/corpus-$$f,$(FUZZ_SECONDS))
+fuzz-one:
 	@set -e; for f in $(FUZZERS); do \
-	  if [ "$(HAS_LIBFUZZER)" = yes ]; then \
-	    $(CLANG) $(SS_FLAGS) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-	      -Icsrc -Itests/fuzz -o $(BUILD)/fuzz/$$f tests/fuzz/fuzz_$$f.c $(SS_ONCE) $(KERNELS) -pthread -lm; \
-	    echo "fuzz $$f: libFuzzer, $(FUZZ_SECONDS) s"; mkdir -p $(BUILD)/fuzz/corpus-$$f; \
-	    $(BUILD)/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -max_len=512 -verbosity=0 -print_final_stats=1 \
-	      -artifact_prefix=$(BUILD)/fuzz/ $(BUILD)/fuzz/corpus-$$f; \
-	  else \
-	    $(CC) $(SS_FLAGS) $(VARIANT_FLAGS_asan) -Icsrc -Itests/fuzz -o $(BUILD)/fuzz/$$f \
-	      tests/fuzz/driver.c tests/fuzz/fuzz_$$f.c $(SS_ONCE) $(KERNELS) -pthread -lm; \
-	    echo "fuzz $$f: random bytes ($(CLANG) has no libFuzzer here), $(FUZZ_SECONDS) s"; \
-	    $(BUILD)/fuzz/$$f $(FUZZ_SECONDS); \
-	  fi; done
+	  mkdir -p $(BUILD)/fuzz/corpus-$$f; \
+	  $(CC) $(ALL_CFLAGS) $(DEFINES) -Icsrc -Itests/fuzz -o $(BUILD)/fuzz/$$f tests/fuzz/fuzz_$$f.c \
+	    $(FUZZ_LINK) $(OBJECTS) -pthread -lm; \
+	  echo "fuzz $$f: $(FUZZ_SECONDS) s"; \
+	  $(BUILD)/fuzz/$$f $(FUZZ_RUN) >$(BUILD)/fuzz/$$f.log 2>&1 \
+	    || { tail -n 40 $(BUILD)/fuzz/$$f.log; exit 1; }; \
+	  sed -n 's/stat::number_of_executed_units:/  inputs:/p; s/ inputs$$/ inputs/p' $(BUILD)/fuzz/$$f.log; \
+	done
 
 # The example, built as a user would: against the installed library, through pkg-config.
 .PHONY: cexample
