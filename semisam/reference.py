@@ -26,7 +26,7 @@ def mask_logits(prob: Tensor, d: int, h: int, w: int) -> Tensor:
 # ---- fusion -------------------------------------------------------------------------------------
 
 
-def fuse(
+def fuse(  # noqa: PLR0917
     sources: list[Tensor],
     r_lab: list[float],
     r_unc: list[float],
@@ -98,6 +98,7 @@ def fuse(
         o.expand(shape)[None] if asked else torch.empty(0, *shape)
         for o, shape, asked in zip(outputs, shapes, want, strict=True)
     ]
+
 
 # ---- distances and components -------------------------------------------------------------------
 
