@@ -107,7 +107,7 @@ static void prefetch_next(const plan *f, const ss_tensor *t, int64_t at) {
 #define REAL_EXP ss_expf
 #define REAL_EXP2 ss_exp2_bounded
 #define REAL_SIGMOID ss_sigmoidf
-#define REAL_LOG ss_logf
+#define REAL_LOG ss_log_bounded
 #define REAL_DTYPE SS_F32
 #define REAL_LOAD ss_load_f32
 #include "fuse_lanes.h"
