@@ -316,7 +316,8 @@ def source_weights(
     done = np.asarray(rounds)
     if scores.ndim != 1 or not scores.size or not np.all((scores >= 0) & (scores <= 1)):
         raise ValueError(
-            f"source_weights(): reliability: expected one number in 0..1 per generalist, got {scores.tolist()}"
+            f"source_weights(): reliability: expected one number in 0..1 per generalist, "
+            f"got {scores.tolist()}"
         )
     if done.ndim not in (1, 2) or len(done) != len(scores) or done.size == 0 or done.dtype.kind not in "iu":
         raise ValueError(
@@ -375,7 +376,8 @@ def agreement(label: Any, target: Any, num_classes: int, *, ignore_index: int = 
     if not masks:
         valid = valid & (target != ignore_index)
     space = tuple(range(1, label.ndim))
-    total, count = 0.0, 0
+    total: Any = 0.0
+    count: Any = 0
     for c in range(1, num_classes):
         ours = (label == c) & valid
         theirs = ((target[:, c - 1] != 0) if masks else (target == c)) & valid
@@ -410,8 +412,8 @@ def join_classes(logits: Sequence[Any]) -> Any:
     for z in given:
         if tuple(z.shape) != tuple(first.shape) or len(z.shape) < 3 or z.shape[1] != 1:
             raise ValueError(
-                f"join_classes(): logits: expected arrays of one shape (B, 1, *spatial), got {tuple(z.shape)} "
-                f"beside {tuple(first.shape)}"
+                f"join_classes(): logits: expected arrays of one shape (B, 1, *spatial), got "
+                f"{tuple(z.shape)} beside {tuple(first.shape)}"
             )
         if ops.is_torch(z) != ops.is_torch(first):
             raise TypeError("join_classes(): expected all NumPy arrays or all torch tensors, got a mixture")

@@ -296,7 +296,7 @@ def voxel_loss_backward(
 # ---- fusion -------------------------------------------------------------------------------------
 
 
-def fuse(
+def fuse(  # noqa: PLR0917
     sources: list[Tensor],
     r_lab: list[float],
     r_unc: list[float],

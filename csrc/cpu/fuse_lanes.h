@@ -14,10 +14,10 @@ typedef struct FN(rows) {
 
 /* One thread's block-sized areas. */
 typedef struct FN(area) {
-    REAL *ref_u, *ref_l;     /* L rows each: used where a source must be converted */
-    REAL *source;            /* GROUP x L rows, likewise */
-    REAL *mu, *mean;         /* L rows each */
-    REAL *spread, *h, *h_ref;     /* sum r d^2, or sum r (H - H_ref); entropies */
+    REAL *ref_u, *ref_l;      /* L rows each: used where a source must be converted */
+    REAL *source;             /* GROUP x L rows, likewise */
+    REAL *mu, *mean;          /* L rows each */
+    REAL *spread, *h, *h_ref; /* sum r d^2, or sum r (H - H_ref); entropies */
     REAL *u, *conf, *label, *weight;
     REAL *tmp; /* 2 rows */
     uint8_t *bytes;
@@ -44,13 +44,15 @@ static void FN(sigmoid)(int64_t n, const REAL *restrict z, REAL *restrict p) {
     }
 }
 
-/* Two channels: the softmax's second one. m - m is 0, or NaN where the softmax is NaN. */
+/* Two channels: the softmax's second one. m - m is 0, or NaN for a logit of +inf, as in a softmax.
+ */
 static void FN(softmax2)(int64_t n, const REAL *restrict z0, const REAL *restrict z1,
                          REAL *restrict p) {
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
         REAL m = z0[i] > z1[i] ? z0[i] : z1[i];
-        p[i] = REAL_SIGMOID(z1[i] - z0[i]) + (m - m);
+        REAL d = z1[i] - z0[i];
+        p[i] = (d == d ? REAL_SIGMOID(d) : d) + (m - m);
     }
 }
 
@@ -103,10 +105,11 @@ static void FN(softmax)(const plan *f, const ss_tensor *t, int64_t at, int64_t n
 }
 
 /* Probabilities of one source: its own memory where possible, else rows of `out`. */
-static FN(rows) FN(load)(const plan *f, int64_t s, int64_t b, int64_t voxel, int64_t n, REAL *out,
-                         REAL *tmp) {
+static FN(rows)
+    FN(load)(const plan *f, int64_t s, int64_t b, int64_t voxel, int64_t n, REAL *out, REAL *tmp) {
     const ss_tensor *t = &f->a->sources.at[s];
     int64_t at = b * f->C * f->V + voxel;
+    prefetch_next(f, t, at);
     if (f->a->logits && f->C > 2) {
         FN(softmax)(f, t, at, n, out, tmp);
     } else if (f->a->logits && f->C == 2) {
