@@ -328,14 +328,13 @@ def _define_functions(torch: Any) -> None:
         @staticmethod
         def forward(ctx: Any, logits: Any, params: Any, *args: Any) -> Any:
             activation, terms, n, *arrays = args
-            values, stats = ops.voxel_loss_forward(
-                logits, arrays[:n], arrays[n:], params, activation, terms
-            )
+            values, stats = ops.voxel_loss_forward(logits, arrays[:n], arrays[n:], params, activation, terms)
             ctx.save_for_backward(logits, stats, *arrays)
             ctx.params, ctx.activation, ctx.terms, ctx.n = params, activation, terms, n
             return values
 
         @staticmethod
+        @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
         def backward(ctx: Any, grad: Any) -> Any:
             logits, stats, *arrays = ctx.saved_tensors
             dlogits = ops.voxel_loss_backward(
