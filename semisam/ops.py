@@ -328,9 +328,7 @@ def _define_functions(torch: Any) -> None:
         @staticmethod
         def forward(ctx: Any, logits: Any, params: Any, *args: Any) -> Any:
             activation, terms, n, *arrays = args
-            values, stats = ops.voxel_loss_forward(
-                logits, arrays[:n], arrays[n:], params, activation, terms
-            )
+            values, stats = ops.voxel_loss_forward(logits, arrays[:n], arrays[n:], params, activation, terms)
             ctx.save_for_backward(logits, stats, *arrays)
             ctx.params, ctx.activation, ctx.terms, ctx.n = params, activation, terms, n
             return values
