@@ -109,16 +109,26 @@ static inline int ss_load_pair(const ss_tensor *pred, const ss_tensor *ref, int6
     return bad;
 }
 
+/* Eight bytes as a number, the first one lowest: one load where the machine stores numbers so (gcc
+ * does not find the load behind shifts). */
+static inline uint64_t ss_load_le64(const uint8_t *p) {
+    uint64_t w = 0;
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    memcpy(&w, p, sizeof w);
+#else
+    for (int i = 7; i >= 0; --i) {
+        w = w << 8 | p[i];
+    }
+#endif
+    return w;
+}
+
 /* Packs 64 bytes of 0 or 1 into bits, first byte lowest: bit 8 i + 7 j of the product, j = 8 - i,
  * is bit 56 + i; no other term reaches the top byte. */
 static inline uint64_t ss_pack64(const uint8_t *bytes) {
     uint64_t out = 0;
     for (int k = 0; k < 8; ++k) {
-        uint64_t w = 0;
-        for (int i = 7; i >= 0; --i) {
-            w = w << 8 | bytes[8 * k + i];
-        }
-        out |= (w * 0x0102040810204080u >> 56) << (8 * k);
+        out |= (ss_load_le64(bytes + 8 * k) * 0x0102040810204080u >> 56) << (8 * k);
     }
     return out;
 }
