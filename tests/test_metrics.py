@@ -408,7 +408,7 @@ def test_translation_and_scale(seed):
 
 @law
 @given(seeds)
-def test_brute_force(seed):
+def test_any_pair_against_scipy(seed):
     rng, a, g = pair(seed)
     if a.any() and g.any():
         check(a.astype(bool), g.astype(bool), rng.uniform(0.2, 4, a.ndim), float(rng.uniform(0.3, 3)))
@@ -599,6 +599,9 @@ def test_lists_of_cases(rng):
     values = metric([np.roll(c, 1, 1) for c in cases], cases)
     assert values.shape == (3, 1)
     np.testing.assert_array_equal(metric.aggregate(), values)
+    spacing = [[1.0, 1.0], [0.5, 0.5], [3.0, 3.0]]
+    scaled = metric([np.roll(c, 1, 1) for c in cases], cases, spacing=spacing)
+    np.testing.assert_allclose(scaled, values * np.array([[1.0], [0.5], [3.0]]))
     with pytest.raises(ValueError, match=r"HausdorffDistanceMetric\(\): y: expected as many cases as y_pred"):
         metric(cases, cases[:2])
 

@@ -178,14 +178,21 @@ static inline int64_t ss_label_edges(const uint16_t *restrict p, const uint16_t 
 /* Names the first label that is out of range, in memory order; OK if there is none. */
 static inline ss_status ss_check_labels(ss_exec *x, const ss_tensor *t, const char *name,
                                         const ss_label_rule *rule) {
-    uint16_t out[1];
-    int64_t n = ss_count(t);
-    for (int64_t i = 0; i < n; ++i) {
-        if (ss_load_labels(t, i, 1, rule, 1, out)) {
+    uint16_t out[SS_LABEL_BLOCK];
+    const int64_t n = ss_count(t);
+    int64_t step = SS_LABEL_BLOCK;
+    for (int64_t i = 0; i < n; i += step) {
+        int64_t length = n - i < step ? n - i : step;
+        if (!ss_load_labels(t, i, length, rule, 1, out)) {
+            continue;
+        }
+        if (step == 1) {
             return ss_fail(x, SS_INVALID, "%s: expected labels from 0 to %lld%s, got %.0f", name,
                            (long long)rule->classes - 1, rule->ignores ? " or the ignored one" : "",
                            ss_at(t, i));
         }
+        step = 1; /* it is in this block: look again, one by one */
+        --i;
     }
     return SS_OK;
 }
