@@ -755,7 +755,10 @@ def _reduce(value: Float, reduction: str) -> tuple[Float, Float]:
 
 
 class _Cumulative:
-    """Collects [B, C'] per call; MONAI's `metric(y_pred=, y=)`, `aggregate()`, `reset()`."""
+    """Collects [B, C'] per call; MONAI's `metric(y_pred=, y=)`, `aggregate()`, `reset()`.
+
+    It knows the cases of its own process: gather `get_buffer()` to aggregate over several.
+    """
 
     def __init__(self, reduction: str, get_not_nans: bool) -> None:
         _one_of(type(self).__name__, "reduction", str(getattr(reduction, "value", reduction)), _REDUCTIONS)
@@ -769,7 +772,8 @@ class _Cumulative:
     def __call__(self, y_pred: Any, y: Any, spacing: Any = None) -> Any:
         """Return the metric of these cases, [B, C'], and remember it.
 
-        `y_pred` and `y` are batches, or lists of cases without the batch dimension.
+        `y_pred` and `y` are batches, or lists of cases without the batch dimension; `spacing` is that
+        of the function.
         """
         if isinstance(y_pred, (list, tuple)) or isinstance(y, (list, tuple)):
             if len(y_pred) != len(y) or not len(y):
@@ -777,7 +781,8 @@ class _Cumulative:
                     f"{type(self).__name__}(): y: expected as many cases as y_pred has ({len(y_pred)}, at "
                     f"least 1), got {len(y)}"
                 )
-            values = [self._compute(p[None], t[None], spacing) for p, t in zip(y_pred, y, strict=True)]
+            each = spacing if np.ndim(spacing) == 2 else [spacing] * len(y)
+            values = [self._compute(p[None], t[None], s) for p, t, s in zip(y_pred, y, each, strict=True)]
             kind = values[0]
             value = np.concatenate([_numpy(v) for v in values])
             value = sys.modules["torch"].from_numpy(value) if ops.is_torch(kind) else value

@@ -26,18 +26,28 @@ static int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
+/* Which of the eight cells in word w of these rows have points: most words have none. */
+static uint64_t any_point(const ss_bits *b, int64_t z, int64_t y, int64_t w) {
+    uint64_t any = 0;
+    for (int64_t i = z; i < least(z + SIDE, b->d); ++i) {
+        const uint64_t *row = b->row + i * b->h * b->words + w;
+        for (int64_t j = y; j < least(y + SIDE, b->h); ++j) {
+            any |= row[j * b->words];
+        }
+    }
+    return any;
+}
+
 static void count_points(const ss_bits *b, ss_cloud *c) {
+    for (int64_t i = 0; i < b->d * b->h * b->words; ++i) {
+        c->points += b->row[i] ? ss_count_bits(b->row[i]) : 0;
+    }
     for (int64_t z = 0; z < b->d; z += SIDE) {
         for (int64_t y = 0; y < b->h; y += SIDE) {
-            for (int64_t x = 0; x < 8 * b->words; ++x) {
-                int64_t n = 0;
-                for (int64_t i = z; i < least(z + SIDE, b->d); ++i) {
-                    for (int64_t j = y; j < least(y + SIDE, b->h); ++j) {
-                        n += ss_count_bits(byte_of(b, i, j, x));
-                    }
+            for (int64_t w = 0; w < b->words; ++w) {
+                for (uint64_t any = any_point(b, z, y, w); any; any >>= SIDE) {
+                    c->cells += (any & 0xffu) != 0;
                 }
-                c->points += n;
-                c->cells += n > 0;
             }
         }
     }
@@ -114,12 +124,14 @@ ss_status SS_CPU(cloud_build)(ss_exec *x, const ss_bits *b, int weighted, ss_clo
     c->start[0] = 0;
     for (int64_t z = 0; z < b->d; z += SIDE) {
         for (int64_t y = 0; y < b->h; y += SIDE) {
-            for (int64_t xb = 0; xb < 8 * b->words; ++xb) {
-                int64_t n = collect_cell(b, c, z, y, xb, c->start[k]);
-                if (n > 0) {
-                    c->count[k] = n;
-                    close_cell(c, k);
-                    ++k;
+            for (int64_t w = 0; w < b->words; ++w) {
+                uint64_t any = any_point(b, z, y, w);
+                for (int64_t x = 8 * w; any; ++x, any >>= SIDE) {
+                    if (any & 0xffu) {
+                        c->count[k] = collect_cell(b, c, z, y, x, c->start[k]);
+                        close_cell(c, k);
+                        ++k;
+                    }
                 }
             }
         }

@@ -419,7 +419,9 @@ static double weight_of(const job *j, int side) {
 }
 
 static ss_status measure(job *j, double *out) {
-    ss_parallel_for(j->x, 2, 1, build_clouds, j);
+    /* One direction per thread, unless starting a thread costs more than a direction. */
+    const int64_t words = j->mask[0].d * j->mask[0].h * j->mask[0].words;
+    ss_parallel_for(j->x, 2, words < 8192 ? 2 : 1, build_clouds, j);
     if (j->status[0] != SS_OK || j->status[1] != SS_OK) {
         return ss_fail(j->x, SS_NO_MEMORY, "could not allocate scratch memory");
     }
@@ -438,7 +440,7 @@ static ss_status measure(job *j, double *out) {
         return SS_NO_MEMORY;
     }
     ss_parallel_for(j->x, cells, grain, search, j);
-    ss_parallel_for(j->x, 2, 1, sort_side, j);
+    ss_parallel_for(j->x, 2, j->cloud[0].points + j->cloud[1].points < 8192 ? 2 : 1, sort_side, j);
     if (j->out[0].status != SS_OK || j->out[1].status != SS_OK) {
         return ss_fail(j->x, SS_NO_MEMORY, "could not allocate scratch memory");
     }
