@@ -327,9 +327,10 @@ class PromptBatch:
                 f"dimensions, got shape {tuple(m.shape)}"
             )
         # Values are looked at where that costs nothing; on a GPU it would make the host wait.
-        if getattr(getattr(self.labels, "device", "cpu"), "type", "cpu") == "cpu":
-            bad = (self.labels < -1) | (self.labels > 1)
-            if bool(bad.any()):
+        on_torch = ops.is_torch(self.labels)
+        if not on_torch or self.labels.device.type == "cpu":
+            values = self.labels.numpy() if on_torch else np.asarray(self.labels)
+            if values.size and (values.min() < -1 or values.max() > 1):
                 raise ValueError("PromptBatch(): labels: expected 1, 0 or -1 (no point), got other values")
 
     @classmethod
