@@ -59,7 +59,7 @@ def specialist_targets(
     [B, F, ...] and flags [B, F], the same kind of array, without gradient.
 
         th     = threshold if max P_c >= threshold, else max P_c / 2 if max P_c >= p_min, else skip
-        target = {P_c >= th}
+        target = {P_c >= th}, its largest component only if `largest_component` (26- or 8-connected)
         region = {H(P) / ln C <= tau_p}, everything if th < threshold or tau_p >= 1
 
     Both masks of a skipped class are empty. Raises TypeError for a dtype that is not floating, ValueError
@@ -80,6 +80,10 @@ def specialist_targets(
         )
     made = ops.call("specialist_targets", prob, shape[1] - 1, float(threshold), float(p_min), float(tau_p))
     target, region, skip = made
+    if largest_component:
+        f = shape[1] - 1
+        volumes = target.reshape(shape[0] * f, *(1,) * (5 - len(shape)), *shape[2:])
+        target = ops.call("keep_components", volumes, 26, 0).reshape(shape[0], f, *shape[2:])
     return SpecialistTargets(target, region, skip)
 
 

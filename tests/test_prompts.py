@@ -362,6 +362,20 @@ def test_threshold_rule_by_hand():
     assert not region.any()
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_only_the_largest_component_if_asked(kind):
+    p = np.zeros((2, 3, 12, 12), np.float32)
+    p[0, 1, 1:4, 1:4] = p[0, 1, 4, 4] = p[0, 1, 8:10, 8:11] = 0.9  # 3 x 3 with a corner; 2 x 3
+    p[1, 2, 0, 0] = 0.3
+    p[:, 0] = 1 - p[:, 1:].sum(1)
+    target, _, skip = specialist_targets(kind(p), largest_component=True)
+    assert int(target[0, 0].sum()) == 10
+    assert bool(target[0, 0, 4, 4])
+    assert int(target[1, 1].sum()) == 1
+    assert skip.tolist() == [[False, True], [True, False]]
+    assert int(specialist_targets(kind(p)).target[0, 0].sum()) == 16
+
+
 def test_confident_region_of_two_classes_is_outside_011_089():
     p = np.linspace(0, 1, 1001)
     region = specialist_targets(_binary(p), tau_p=0.5).region[0, 0, 0]

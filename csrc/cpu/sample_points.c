@@ -241,7 +241,7 @@ ss_status SS_CPU(sample_points)(ss_exec *x, const ss_sample_points_args *a) {
     if (j.count && j.total) {
         ss_parallel_for(x, s[0] * j.blocks, GROUP, count, &j);
         add_totals(&j);
-        ss_parallel_for(x, s[0] * s[1] * 2, 8, locate, &j);
+        ss_parallel_for(x, s[0] * s[1] * 2, 32, locate, &j);
     }
     int failed = !j.count || !j.total;
     ss_scratch_free(j.count);
