@@ -51,6 +51,7 @@ def specialist_targets(
     threshold: float = 0.5,
     p_min: float = 0.2,
     tau_p: float = 0.5,
+    largest_component: bool = False,
 ) -> SpecialistTargets:
     """Turn a specialist's (or teacher's) probabilities into targets, confident regions and skip flags.
 
