@@ -51,6 +51,7 @@ def specialist_targets(
     threshold: float = 0.5,
     p_min: float = 0.2,
     tau_p: float = 0.5,
+    largest_component: bool = False,
 ) -> SpecialistTargets:
     """Turn a specialist's (or teacher's) probabilities into targets, confident regions and skip flags.
 
@@ -59,7 +60,7 @@ def specialist_targets(
     [B, F, ...] and flags [B, F], the same kind of array, without gradient.
 
         th     = threshold if max P_c >= threshold, else max P_c / 2 if max P_c >= p_min, else skip
-        target = {P_c >= th}
+        target = {P_c >= th}, its largest component only if `largest_component` (26- or 8-connected)
         region = {H(P) / ln C <= tau_p}, everything if th < threshold or tau_p >= 1
 
     Both masks of a skipped class are empty. Raises TypeError for a dtype that is not floating, ValueError
@@ -80,6 +81,10 @@ def specialist_targets(
         )
     made = ops.call("specialist_targets", prob, shape[1] - 1, float(threshold), float(p_min), float(tau_p))
     target, region, skip = made
+    if largest_component:
+        f = shape[1] - 1
+        volumes = target.reshape(shape[0] * f, *(1,) * (5 - len(shape)), *shape[2:])
+        target = ops.call("keep_components", volumes, 26, 0).reshape(shape[0], f, *shape[2:])
     return SpecialistTargets(target, region, skip)
 
 
@@ -327,9 +332,10 @@ class PromptBatch:
                 f"dimensions, got shape {tuple(m.shape)}"
             )
         # Values are looked at where that costs nothing; on a GPU it would make the host wait.
-        if getattr(getattr(self.labels, "device", "cpu"), "type", "cpu") == "cpu":
-            bad = (self.labels < -1) | (self.labels > 1)
-            if bool(bad.any()):
+        on_torch = ops.is_torch(self.labels)
+        if not on_torch or self.labels.device.type == "cpu":
+            values = self.labels.numpy() if on_torch else np.asarray(self.labels)
+            if values.size and (values.min() < -1 or values.max() > 1):
                 raise ValueError("PromptBatch(): labels: expected 1, 0 or -1 (no point), got other values")
 
     @classmethod

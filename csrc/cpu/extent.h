@@ -69,8 +69,7 @@ static inline void extent_join(extent *e, const extent *other) {
 /* Whether any of n bytes is not 0. */
 static inline int ss_any(const uint8_t *restrict a, int64_t n) {
     uint8_t any = 0;
-    _Pragma("omp simd reduction(| : any)")
-    for (int64_t i = 0; i < n; ++i) {
+    _Pragma("omp simd reduction(| : any)") for (int64_t i = 0; i < n; ++i) {
         any |= a[i];
     }
     return any != 0;
@@ -79,8 +78,7 @@ static inline int ss_any(const uint8_t *restrict a, int64_t n) {
 /* Whether any of n bytes differs. */
 static inline int ss_differ(const uint8_t *restrict a, const uint8_t *restrict b, int64_t n) {
     uint8_t any = 0;
-    _Pragma("omp simd reduction(| : any)")
-    for (int64_t i = 0; i < n; ++i) {
+    _Pragma("omp simd reduction(| : any)") for (int64_t i = 0; i < n; ++i) {
         any |= a[i] ^ b[i];
     }
     return any != 0;

@@ -383,7 +383,8 @@ ss_status SS_CPU(next_click)(ss_exec *x, const ss_next_click_args *a) {
         j.rows[row].x.threads = rows >= threads ? 1 : threads;
     }
     if (rows >= threads) {
-        ss_parallel_for(x, rows, 1, click_rows, &j);
+        const int64_t grain = 1 + (1 << 15) / (ss_count(&a->target) / rows); /* worth a thread */
+        ss_parallel_for(x, rows, grain, click_rows, &j);
     } else {
         click_rows(&j, 0, rows, 0);
     }

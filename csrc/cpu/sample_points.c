@@ -67,8 +67,7 @@ static void count_two(const job *j, int64_t b, int64_t block, counts *out) {
     const float *restrict p1 = ss_load_f32(&j->a->prob, start + j->voxels, n, buffers[1]);
     const float confidence = j->confidence;
     int32_t ones = 0, confident = 0, both = 0;
-    _Pragma("omp simd reduction(+ : ones, confident, both)")
-    for (int64_t i = 0; i < n; ++i) {
+    _Pragma("omp simd reduction(+ : ones, confident, both)") for (int64_t i = 0; i < n; ++i) {
         int32_t one = p1[i] > p0[i];
         float best = p1[i] > p0[i] ? p1[i] : p0[i];
         int32_t sure = best >= confidence;
@@ -87,8 +86,7 @@ static void count_all(const job *j, int64_t b, int64_t block, counts *out) {
     const float confidence = j->confidence;
     for (int32_t c = 0; c < (int32_t)j->a->prob.shape[1]; ++c) {
         int32_t all = 0, confident = 0;
-        _Pragma("omp simd reduction(+ : all, confident)")
-        for (int64_t i = 0; i < n; ++i) {
+        _Pragma("omp simd reduction(+ : all, confident)") for (int64_t i = 0; i < n; ++i) {
             int32_t here = class[i] == c;
             all += here;
             confident += here & (best[i] >= confidence);
@@ -178,11 +176,18 @@ static int64_t put_block(const job *j, int64_t b, int64_t c, int side, int confi
                          int64_t before, const int64_t *rank, int64_t n, int64_t slot) {
     int32_t class[VOXELS];
     float best[VOXELS];
-    int64_t voxels = classify(j, b, block, class, best);
+    uint8_t hit[VOXELS];
+    const int64_t voxels = classify(j, b, block, class, best);
+    const float confidence = j->confidence;
+    const int32_t wanted = (int32_t)c, any = !confident;
+    SS_SIMD
+    for (int64_t i = 0; i < voxels; ++i) {
+        int32_t inside = class[i] == wanted;
+        hit[i] = (uint8_t)((inside ^ side) & ((best[i] >= confidence) | any));
+    }
     int64_t seen = before, done = 0;
     for (int64_t i = 0; i < voxels && done < n; ++i) {
-        int hit = (class[i] == c) != side && (!confident || best[i] >= j->confidence);
-        if (hit && seen++ == rank[done]) {
+        if (hit[i] && seen++ == rank[done]) {
             put_point(j, slot + done++, block * VOXELS + i, !side);
         }
     }
@@ -236,7 +241,7 @@ ss_status SS_CPU(sample_points)(ss_exec *x, const ss_sample_points_args *a) {
     if (j.count && j.total) {
         ss_parallel_for(x, s[0] * j.blocks, GROUP, count, &j);
         add_totals(&j);
-        ss_parallel_for(x, s[0] * s[1] * 2, 8, locate, &j);
+        ss_parallel_for(x, s[0] * s[1] * 2, 32, locate, &j);
     }
     int failed = !j.count || !j.total;
     ss_scratch_free(j.count);
