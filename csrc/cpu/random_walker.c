@@ -12,8 +12,8 @@
  *
  * Only free voxels are stored: tiles of 8 neighbours along x that have one, in C order, each with
  * the numbers of its four neighbours across; what is missing is tile 0, which is all zeros. Weights
- * between a free voxel and a seed are in c, so that they are 0 here. (Tiles of 16 hold 1.7 to 2 times
- * the free voxels of an organ's band, tiles of 8 only 1.4: less to move, and faster at any size.)
+ * between a free voxel and a seed are in c, so that they are 0 here. (Tiles of 16 hold 1.7 to 2
+ * times the free voxels of an organ's band, tiles of 8 only 1.4: less to move at any size.)
  *
  * Memory: per stored voxel 40 bytes of state and 2 of tile numbers. Per iteration one sweep
  * (p = z + b p, e = e + a p, q = A p, p'q: 40 bytes) and one more (z = z - a D^-1 q, z'Dz: 16).
@@ -213,8 +213,10 @@ static line load_line(walk *k, int64_t row, span of, float *room) {
         const float *restrict p = window_f32(&a->prior, k->n * volume + at, m, room + 3 * k->pitch);
         SS_SIMD
         for (int64_t i = 0; i < m; ++i) {
+            /* Bits, since SSE2 has no select and gcc would branch around the load. */
+            uint32_t take = u[i] == 0 ? UINT32_MAX : 0;
             float seed = u[i] == 1 ? 1.0f : 0.0f;
-            value[i] = u[i] == 0 ? p[i] : seed;
+            value[i] = ss_bits_f32((ss_f32_bits(p[i]) & take) | ss_f32_bits(seed));
             free[i] = u[i] == 0 ? 1.0f : 0.0f;
         }
     } else {
