@@ -11,7 +11,10 @@ from __future__ import annotations
 import importlib
 
 import numpy as np
+import torch
 import torch.nn.functional as F
+
+_package = importlib.import_module  # inside the functions: a peer may be missing
 
 # ---- prompts ------------------------------------------------------------------------------------
 
@@ -25,6 +28,37 @@ def mask_logits_torch(prob):
 # ---- fusion -------------------------------------------------------------------------------------
 
 # ---- distances and components -------------------------------------------------------------------
+
+
+def edt_edt(mask):
+    # One thread where torch has one: its own default is one as well.
+    return _package("edt").edt(mask, parallel=torch.get_num_threads())
+
+
+def edt_scipy(mask):
+    return _package("scipy.ndimage").distance_transform_edt(mask)
+
+
+def components_cc3d_26(mask):
+    return _package("cc3d").connected_components(mask, connectivity=26)
+
+
+def components_cc3d_6(mask):
+    return _package("cc3d").connected_components(mask, connectivity=6)
+
+
+def components_scipy(mask):
+    return _package("scipy.ndimage").label(mask, np.ones((3, 3, 3)))[0]
+
+
+def largest_component_cc3d(mask):
+    return _package("cc3d").largest_k(mask, k=1, connectivity=26)
+
+
+def largest_component_published(mask):
+    labels = _package("skimage.measure").label(mask)
+    return labels == np.argmax(np.bincount(labels.flat)[1:]) + 1
+
 
 # ---- metrics ------------------------------------------------------------------------------------
 

@@ -1,0 +1,689 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * components.c: connected components, and masks of some of them.
+ *
+ * Union-find over runs of foreground along rows. Where diagonals connect (26; in 2-D 8) the four
+ * rows of a 2 x 2 bundle are one: any two of their voxels at most one column apart are neighbours,
+ * so runs of their union are connected, and there are several times fewer of them. With 6, 18 or
+ * equal-value components a bundle is one row. Rows are kept as bits; two runs of neighbouring
+ * bundles meet if the rows that face each other have bits at most one column apart.
+ *
+ * Memory: 1 byte read and 4 (labels) or 1 (masks) written per voxel, 1/8 of bits, 20 bytes per run.
+ * Deterministic: planes are cut into slabs by size alone; a component is numbered by the rank of
+ * its first voxel in C order, whatever the order of joins.
+ */
+#include <stdatomic.h>
+#include <string.h>
+
+#include "lanes.h"
+
+#define SLAB_VOXELS (1 << 17)
+
+/* A neighbouring bundle that comes earlier, and which of both sides' rows face each other: bit
+ * 2 z + y stands for row (z, y) of a 2 x 2 bundle. */
+typedef struct facing {
+    int dz, dy;
+    int reach; /* 1: diagonal along the row, too */
+    int here, there;
+} facing;
+
+static const facing facing_6[] = {{0, -1, 0, 1, 1}, {-1, 0, 0, 1, 1}};
+static const facing facing_18[] = {
+    {0, -1, 1, 1, 1}, {-1, -1, 0, 1, 1}, {-1, 0, 1, 1, 1}, {-1, 1, 0, 1, 1}};
+static const facing facing_all[] = {
+    {0, -1, 1, 1, 1}, {-1, -1, 1, 1, 1}, {-1, 0, 1, 1, 1}, {-1, 1, 1, 1, 1}};
+static const facing facing_26[] = {
+    {0, -1, 1, 1 | 4, 2 | 8}, {-1, -1, 1, 1, 8}, {-1, 0, 1, 1 | 2, 4 | 8}, {-1, 1, 1, 2, 4}};
+
+typedef struct job {
+    const char *image;
+    int64_t shape[3];
+    size_t bytes; /* of an element: nonzero and equal are all that is asked of a value */
+    int by_value;
+    int wants_sizes;
+
+    int side;             /* rows of a bundle along each axis: 1 or 2 */
+    int64_t planes, rows; /* bundles along z and y */
+    int64_t slab;         /* planes of bundles per item */
+    int64_t words;        /* of a row of bits, one empty word on each side included */
+    const facing *facing;
+    int facings;
+
+    uint64_t *bits;
+    uint8_t *buffer;       /* one row of bytes per thread */
+    uint64_t *parts;       /* two rows of bits per thread */
+    int32_t *offset;       /* of each bundle's first run; one more at the end */
+    int32_t *begin, *end;  /* columns of each run */
+    int32_t *parent;       /* an earlier run of the same component, or itself */
+    int32_t *first, *size; /* of each run, then of each root: first voxel, voxels */
+
+    int32_t *labels; /* outputs: one of these two */
+    uint8_t *kept;
+    const uint8_t *keep; /* per run */
+} job;
+
+/* ---- rows ----------------------------------------------------------------------------------- */
+
+static uint64_t value_at(const job *j, int64_t i) {
+    uint64_t v = 0;
+    switch (j->bytes) {
+    case 1:
+        return ((const uint8_t *)j->image)[i];
+    case 2:
+        return ((const uint16_t *)(const void *)j->image)[i];
+    case 4:
+        return ((const uint32_t *)(const void *)j->image)[i];
+    default:
+        memcpy(&v, j->image + 8 * i, 8);
+        return v;
+    }
+}
+
+/* n bytes that are nonzero where the image is, from voxel `at`: its own memory where possible. */
+static const uint8_t *row_bytes(const job *j, int64_t at, uint8_t *restrict buffer) {
+    int64_t n = j->shape[2];
+    if (j->bytes == 1) {
+        return (const uint8_t *)j->image + at;
+    }
+    if (j->bytes == 2) {
+        const uint16_t *restrict p = (const uint16_t *)(const void *)j->image + at;
+        SS_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            buffer[i] = (uint8_t)(p[i] != 0);
+        }
+    } else if (j->bytes == 4) {
+        const uint32_t *restrict p = (const uint32_t *)(const void *)j->image + at;
+        SS_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            buffer[i] = (uint8_t)(p[i] != 0);
+        }
+    } else {
+        const uint64_t *restrict p = (const uint64_t *)(const void *)j->image + at;
+        SS_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            buffer[i] = (uint8_t)(p[i] != 0);
+        }
+    }
+    return buffer;
+}
+
+/* Eight bytes to eight bits, the first byte to the lowest. */
+static inline uint64_t pack8(const uint8_t *m) {
+    uint64_t v;
+    memcpy(&v, m, 8);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    v = __builtin_bswap64(v);
+#endif
+    const uint64_t low = 0x7f7f7f7f7f7f7f7fu;
+    v = ((((v & low) + low) | v) & ~low) >> 7; /* 1 in every nonzero byte */
+    return (v * 0x0102040810204080u) >> 56;
+}
+
+static void pack_row(const uint8_t *restrict m, int64_t n, uint64_t *restrict bits) {
+    int64_t full = n / 64;
+    for (int64_t k = 0; k < full; ++k) {
+        uint64_t v = 0;
+        for (int b = 0; b < 8; ++b) {
+            v |= pack8(m + 64 * k + 8 * b) << (8 * b);
+        }
+        bits[k] = v;
+    }
+    if (n % 64) {
+        uint64_t v = 0;
+        for (int64_t i = 64 * full; i < n; ++i) {
+            v |= (uint64_t)(m[i] != 0) << (i - 64 * full);
+        }
+        bits[full] = v;
+    }
+}
+
+static const uint64_t *row_bits(const job *j, int64_t z, int64_t y) {
+    return j->bits + (z * j->shape[1] + y) * j->words;
+}
+
+/* The union of those rows of bundle (bz, by) that `which` names. */
+static const uint64_t *bundle_bits(const job *j, int64_t bz, int64_t by, int which,
+                                   uint64_t *restrict out) {
+    const uint64_t *only = NULL;
+    int found = 0;
+    for (int r = 0; r < 4; ++r) {
+        int64_t z = bz * j->side + r / 2, y = by * j->side + r % 2;
+        if (!((which >> r) & 1) || z >= j->shape[0] || y >= j->shape[1]) {
+            continue;
+        }
+        const uint64_t *restrict bits = row_bits(j, z, y);
+        if (++found == 1) {
+            only = bits;
+            continue;
+        }
+        const uint64_t *restrict so_far = found == 2 ? only : out;
+        for (int64_t k = 0; k < j->words; ++k) {
+            out[k] = so_far[k] | bits[k];
+        }
+    }
+    if (!found) {
+        memset(out, 0, (size_t)j->words * sizeof *out);
+    }
+    return found == 1 ? only : out;
+}
+
+/* 64 bits from column x, which may be -1. */
+static inline uint64_t bits_from(const uint64_t *bits, int64_t x) {
+    int64_t at = x + 64; /* behind the empty word */
+    int shift = (int)(at & 63);
+    uint64_t v = bits[at >> 6] >> shift;
+    return shift ? v | bits[(at >> 6) + 1] << (64 - shift) : v;
+}
+
+static inline uint64_t mask_below(int64_t n) {
+    return n <= 0 ? 0 : (n >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << n) - 1);
+}
+
+/* ---- runs ----------------------------------------------------------------------------------- */
+
+static int64_t count_values(const job *j, int64_t at) {
+    int64_t runs = 0;
+    uint64_t before = 0;
+    for (int64_t i = 0; i < j->shape[2]; ++i) {
+        uint64_t v = value_at(j, at + i);
+        runs += v != 0 && v != before;
+        before = v;
+    }
+    return runs;
+}
+
+/* Bits of planes begin..end-1 of bundles, and how many runs each bundle has. */
+static void count_runs(void *ctx, int64_t begin, int64_t end, int32_t thread) {
+    job *j = ctx;
+    uint8_t *buffer = j->buffer + thread * j->shape[2];
+    uint64_t *part = j->parts + 2 * thread * j->words;
+    for (int64_t bz = begin; bz < end; ++bz) {
+        int64_t z1 = (bz + 1) * j->side < j->shape[0] ? (bz + 1) * j->side : j->shape[0];
+        for (int64_t r = bz * j->side * j->shape[1]; !j->by_value && r < z1 * j->shape[1]; ++r) {
+            uint64_t *bits = j->bits + r * j->words;
+            bits[0] = bits[j->words - 2] = bits[j->words - 1] = 0;
+            pack_row(row_bytes(j, r * j->shape[2], buffer), j->shape[2], bits + 1);
+        }
+        for (int64_t by = 0; by < j->rows; ++by) {
+            int64_t runs = 0;
+            if (j->by_value) {
+                runs = count_values(j, (bz * j->rows + by) * j->shape[2]);
+            } else {
+                const uint64_t *bits = bundle_bits(j, bz, by, j->side == 1 ? 1 : 15, part);
+                for (int64_t k = 1; k < j->words - 1; ++k) {
+                    uint64_t starts = bits[k] & ~(bits[k] << 1 | bits[k - 1] >> 63);
+                    runs += __builtin_popcountll(starts);
+                }
+            }
+            j->offset[bz * j->rows + by + 1] = (int32_t)runs;
+        }
+    }
+}
+
+static void put_run(job *j, int32_t run, int64_t begin, int64_t end) {
+    j->begin[run] = (int32_t)begin;
+    j->end[run] = (int32_t)end;
+    j->parent[run] = run;
+}
+
+static void put_values(job *j, int64_t row) {
+    int32_t run = j->offset[row];
+    int64_t n = j->shape[2], at = row * n;
+    for (int64_t end, begin = 0; begin < n; begin = end) {
+        uint64_t v = value_at(j, at + begin);
+        end = begin + 1;
+        while (end < n && value_at(j, at + end) == v) {
+            ++end;
+        }
+        if (v) {
+            put_run(j, run++, begin, end);
+        }
+    }
+}
+
+static void put_bits(job *j, int64_t bundle, const uint64_t *bits) {
+    int32_t run = j->offset[bundle], run_end = run;
+    for (int64_t k = 1; k < j->words - 1; ++k) {
+        uint64_t starts = bits[k] & ~(bits[k] << 1 | bits[k - 1] >> 63);
+        uint64_t ends = ~bits[k] & (bits[k] << 1 | bits[k - 1] >> 63);
+        for (; starts; starts &= starts - 1) {
+            j->parent[run] = run;
+            j->begin[run++] = (int32_t)((k - 1) * 64 + __builtin_ctzll(starts));
+        }
+        for (; ends; ends &= ends - 1) {
+            j->end[run_end++] = (int32_t)((k - 1) * 64 + __builtin_ctzll(ends));
+        }
+    }
+}
+
+/* First voxel and size of a run of bundle (bz, by). */
+static void measure(job *j, int64_t bz, int64_t by, int32_t run) {
+    int64_t a = j->begin[run], b = j->end[run];
+    int64_t first = -1, size = 0;
+    if (j->side == 1) {
+        j->first[run] = (int32_t)((bz * j->rows + by) * j->shape[2] + a);
+        j->size[run] = (int32_t)(b - a);
+        return;
+    }
+    for (int r = 0; r < 4 && (first < 0 || j->wants_sizes); ++r) {
+        int64_t z = 2 * bz + r / 2, y = 2 * by + r % 2;
+        if (z >= j->shape[0] || y >= j->shape[1]) {
+            continue;
+        }
+        const uint64_t *bits = row_bits(j, z, y);
+        for (int64_t x = a; x < b; x += 64) {
+            uint64_t v = bits_from(bits, x) & mask_below(b - x);
+            if (v && first < 0) {
+                first = (z * j->shape[1] + y) * j->shape[2] + x + __builtin_ctzll(v);
+            }
+            size += __builtin_popcountll(v);
+        }
+    }
+    j->first[run] = (int32_t)first;
+    j->size[run] = (int32_t)size;
+}
+
+/* ---- joins ---------------------------------------------------------------------------------- */
+
+static inline int32_t find(int32_t *parent, int32_t i) {
+    while (parent[i] != i) {
+        parent[i] = parent[parent[i]];
+        i = parent[i];
+    }
+    return i;
+}
+
+static inline void join(int32_t *parent, int32_t a, int32_t b) {
+    if (parent[a] == parent[b]) {
+        return;
+    }
+    a = find(parent, a);
+    b = find(parent, b);
+    parent[a > b ? a : b] = a > b ? b : a;
+}
+
+/* Have columns [a0, a1) of `here` and [b0, b1) of `there` bits at most one column apart? */
+static int bits_meet(const uint64_t *here, int64_t a0, int64_t a1, const uint64_t *there,
+                     int64_t b0, int64_t b1) {
+    int64_t from = a0 > b0 - 1 ? a0 : b0 - 1;
+    int64_t to = a1 < b1 + 1 ? a1 : b1 + 1;
+    for (int64_t x = from; x < to; x += 62) { /* bit t of v and w: column x - 1 + t */
+        uint64_t v = bits_from(here, x - 1) & mask_below(to - x + 1) & ~(uint64_t)1;
+        uint64_t w = bits_from(there, x - 1) & mask_below(b1 - x + 1) & ~mask_below(b0 - x + 1);
+        if (v & 0x7fffffffffffffffu & (w | w << 1 | w >> 1)) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+typedef struct meeting {
+    job *j;
+    int reach;
+    const uint64_t *here, *there; /* of bundles with two rows a side */
+    int64_t row_a, row_b;         /* first voxels, for values */
+} meeting;
+
+static inline void meet(const meeting *m, int32_t a, int32_t b) {
+    job *j = m->j;
+    int64_t a0 = j->begin[a], a1 = j->end[a], b0 = j->begin[b], b1 = j->end[b];
+    if (a0 >= b1 + m->reach || b0 >= a1 + m->reach || j->parent[a] == j->parent[b]) {
+        return;
+    }
+    if (j->by_value && value_at(j, m->row_a + a0) != value_at(j, m->row_b + b0)) {
+        return;
+    }
+    if (j->side == 1 || bits_meet(m->here, a0, a1, m->there, b0, b1)) {
+        join(j->parent, a, b);
+    }
+}
+
+/* Joins the runs of bundles p and q: both lists are ascending, the one that ends first moves on. */
+static void join_rows(const meeting *m, int64_t p, int64_t q) {
+    const job *j = m->j;
+    int32_t a = j->offset[p], a_end = j->offset[p + 1];
+    int32_t b = j->offset[q], b_end = j->offset[q + 1];
+    while (a < a_end && b < b_end) {
+        meet(m, a, b);
+        if (j->end[a] < j->end[b]) {
+            ++a;
+        } else if (j->end[a] > j->end[b]) {
+            ++b;
+        } else { /* runs of different values can touch: the next ones reach back diagonally */
+            if (j->by_value && a + 1 < a_end) {
+                meet(m, a + 1, b);
+            }
+            if (j->by_value && b + 1 < b_end) {
+                meet(m, a, b + 1);
+            }
+            ++a;
+            ++b;
+        }
+    }
+}
+
+/* Joins plane bz of bundles with itself (`across` 0) or with the plane before (1). */
+static void join_plane(job *j, int64_t bz, int across, uint64_t *part) {
+    for (int f = 0; f < j->facings; ++f) {
+        const facing *to = &j->facing[f];
+        if ((to->dz != 0) != across) {
+            continue;
+        }
+        int64_t from = to->dy < 0 ? 1 : 0;
+        int64_t until = to->dy > 0 ? j->rows - 1 : j->rows;
+        for (int64_t by = from; by < until; ++by) {
+            int64_t p = bz * j->rows + by;
+            int64_t q = (bz + to->dz) * j->rows + by + to->dy;
+            if (j->offset[p] == j->offset[p + 1] || j->offset[q] == j->offset[q + 1]) {
+                continue;
+            }
+            meeting m = {j, to->reach, NULL, NULL, p * j->shape[2], q * j->shape[2]};
+            if (j->side == 2) {
+                m.here = bundle_bits(j, bz, by, to->here, part);
+                m.there = bundle_bits(j, bz + to->dz, by + to->dy, to->there, part + j->words);
+            }
+            join_rows(&m, p, q);
+        }
+    }
+}
+
+/* Slabs of planes: their runs, and all joins inside them. */
+static void join_slabs(void *ctx, int64_t begin, int64_t end, int32_t thread) {
+    job *j = ctx;
+    uint64_t *part = j->parts + 2 * thread * j->words;
+    for (int64_t s = begin; s < end; ++s) {
+        int64_t z1 = (s + 1) * j->slab < j->planes ? (s + 1) * j->slab : j->planes;
+        for (int64_t bz = s * j->slab; bz < z1; ++bz) {
+            for (int64_t by = 0; by < j->rows; ++by) {
+                int64_t bundle = bz * j->rows + by;
+                if (j->offset[bundle] == j->offset[bundle + 1]) {
+                    continue;
+                }
+                if (j->by_value) {
+                    put_values(j, bundle);
+                } else {
+                    put_bits(j, bundle, bundle_bits(j, bz, by, j->side == 1 ? 1 : 15, part));
+                }
+                for (int32_t run = j->offset[bundle]; run < j->offset[bundle + 1]; ++run) {
+                    measure(j, bz, by, run);
+                }
+            }
+            join_plane(j, bz, 0, part);
+            if (bz > s * j->slab) {
+                join_plane(j, bz, 1, part);
+            }
+        }
+    }
+}
+
+/* ---- one volume ----------------------------------------------------------------------------- */
+
+static void plan(job *j, int connectivity) {
+    j->side = connectivity == 26 && !j->by_value ? 2 : 1;
+    if (connectivity == 6) {
+        j->facing = facing_6;
+        j->facings = 2;
+    } else {
+        j->facing = connectivity == 18 ? facing_18 : (j->side == 2 ? facing_26 : facing_all);
+        j->facings = 4;
+    }
+    j->planes = (j->shape[0] + j->side - 1) / j->side;
+    j->rows = (j->shape[1] + j->side - 1) / j->side;
+    j->words = (j->shape[2] + 63) / 64 + 3;
+    j->slab = 1 + SLAB_VOXELS / (j->side * j->shape[1] * j->shape[2]);
+}
+
+static ss_status make_runs(ss_exec *x, job *j) {
+    int32_t threads = ss_parallel_threads(x, j->planes, 1);
+    int64_t rows = j->shape[0] * j->shape[1], bundles = j->planes * j->rows;
+    j->bits = ss_scratch(x, j->by_value ? 0 : rows * j->words, sizeof *j->bits);
+    j->buffer = ss_scratch(x, threads * j->shape[2], 1);
+    j->parts = ss_scratch(x, 2 * threads * j->words, sizeof *j->parts);
+    j->offset = ss_scratch(x, bundles + 1, sizeof *j->offset);
+    if (!j->bits || !j->buffer || !j->parts || !j->offset) {
+        return SS_NO_MEMORY;
+    }
+    ss_parallel_for(x, j->planes, j->slab, count_runs, j);
+    j->offset[0] = 0;
+    for (int64_t b = 0; b < bundles; ++b) {
+        j->offset[b + 1] += j->offset[b];
+    }
+    int64_t runs = j->offset[bundles];
+    j->begin = ss_scratch(x, 5 * (runs + 1), sizeof *j->begin);
+    if (!j->begin) {
+        return SS_NO_MEMORY;
+    }
+    j->end = j->begin + runs + 1;
+    j->parent = j->end + runs + 1;
+    j->first = j->parent + runs + 1;
+    j->size = j->first + runs + 1;
+    return SS_OK;
+}
+
+/* All joins; afterwards parent[run] is the root, with the component's first voxel and size. */
+static void join_all(ss_exec *x, job *j) {
+    int64_t slabs = (j->planes + j->slab - 1) / j->slab;
+    int32_t runs = j->offset[j->planes * j->rows];
+    ss_parallel_for(x, slabs, 1, join_slabs, j);
+    for (int64_t s = 1; s < slabs; ++s) {
+        join_plane(j, s * j->slab, 1, j->parts);
+    }
+    for (int32_t i = 0; i < runs; ++i) { /* a parent comes earlier, so it is final already */
+        int32_t root = j->parent[j->parent[i]];
+        j->parent[i] = root;
+        if (root != i) {
+            j->first[root] = j->first[i] < j->first[root] ? j->first[i] : j->first[root];
+            j->size[root] += j->size[i];
+        }
+    }
+}
+
+static void free_runs(job *j) {
+    ss_scratch_free(j->bits);
+    ss_scratch_free(j->buffer);
+    ss_scratch_free(j->parts);
+    ss_scratch_free(j->offset);
+    ss_scratch_free(j->begin);
+}
+
+/* ---- outputs -------------------------------------------------------------------------------- */
+
+/* size[run] becomes the label: 1 + the rank of the component's first voxel. */
+static ss_status number(ss_exec *x, job *j, int64_t *count) {
+    int64_t voxels = j->shape[0] * j->shape[1] * j->shape[2], words = voxels / 64 + 1;
+    int32_t runs = j->offset[j->planes * j->rows];
+    uint64_t *marks = ss_scratch(x, words, sizeof *marks);
+    int32_t *before = ss_scratch(x, words, sizeof *before);
+    if (marks && before) {
+        memset(marks, 0, (size_t)words * sizeof *marks);
+        for (int32_t i = 0; i < runs; ++i) {
+            if (j->parent[i] == i) {
+                marks[j->first[i] / 64] |= (uint64_t)1 << (j->first[i] % 64);
+            }
+        }
+        int32_t sum = 0;
+        for (int64_t k = 0; k < words; ++k) {
+            before[k] = sum;
+            sum += __builtin_popcountll(marks[k]);
+        }
+        for (int32_t i = 0; i < runs; ++i) {
+            int32_t f = j->first[i];
+            j->size[i] =
+                j->parent[i] != i
+                    ? j->size[j->parent[i]]
+                    : 1 + before[f / 64] + __builtin_popcountll(marks[f / 64] & mask_below(f % 64));
+        }
+        *count = sum;
+    }
+    ss_status status = marks && before ? SS_OK : SS_NO_MEMORY;
+    ss_scratch_free(marks);
+    ss_scratch_free(before);
+    return status;
+}
+
+static void paint(void *ctx, int64_t begin, int64_t end, int32_t thread) {
+    const job *j = ctx;
+    int64_t h = j->shape[1], w = j->shape[2];
+    uint8_t *buffer = j->buffer + thread * w;
+    for (int64_t r = begin * h; r < end * h; ++r) {
+        int64_t bundle = r / h / j->side * j->rows + r % h / j->side;
+        int32_t run = j->offset[bundle], last = j->offset[bundle + 1];
+        if (j->labels) {
+            int32_t *restrict out = j->labels + r * w;
+            memset(out, 0, (size_t)w * sizeof *out);
+            const uint8_t *restrict m = run < last ? row_bytes(j, r * w, buffer) : buffer;
+            for (; run < last; ++run) {
+                int32_t label = j->size[run];
+                SS_SIMD
+                for (int64_t i = j->begin[run]; i < j->end[run]; ++i) {
+                    out[i] = m[i] ? label : 0;
+                }
+            }
+        } else {
+            uint8_t *out = j->kept + r * w;
+            memset(out, 0, (size_t)w);
+            for (; run < last; ++run) {
+                if (j->keep[j->parent[run]]) {
+                    memcpy(out + j->begin[run], j->image + r * w + j->begin[run],
+                           (size_t)(j->end[run] - j->begin[run]));
+                }
+            }
+        }
+    }
+}
+
+static void paint_all(ss_exec *x, job *j) {
+    ss_parallel_for(x, j->shape[0], j->slab * j->side, paint, j);
+}
+
+static ss_status label_volume(ss_exec *x, job *j, int connectivity, int64_t *count) {
+    plan(j, connectivity);
+    ss_status status = make_runs(x, j);
+    if (status == SS_OK) {
+        join_all(x, j);
+        status = number(x, j, count);
+    }
+    if (status == SS_OK) {
+        paint_all(x, j);
+    }
+    free_runs(j);
+    return status;
+}
+
+/* keep[root] = 1 for components of at least min_size voxels; min_size 0: the largest, of equal
+ * ones that whose first voxel comes first. */
+static void choose(const job *j, int64_t min_size, uint8_t *keep) {
+    int32_t runs = j->offset[j->planes * j->rows];
+    int32_t best = -1;
+    for (int32_t i = 0; i < runs; ++i) {
+        keep[i] = j->parent[i] == i && min_size > 0 && j->size[i] >= min_size;
+        if (j->parent[i] == i && (best < 0 || j->size[i] > j->size[best] ||
+                                  (j->size[i] == j->size[best] && j->first[i] < j->first[best]))) {
+            best = i;
+        }
+    }
+    if (min_size == 0 && best >= 0) {
+        keep[best] = 1;
+    }
+}
+
+static ss_status keep_volume(ss_exec *x, job *j, int connectivity, int64_t min_size) {
+    plan(j, connectivity);
+    ss_status status = make_runs(x, j);
+    uint8_t *keep = NULL;
+    if (status == SS_OK) {
+        keep = ss_scratch(x, j->offset[j->planes * j->rows] + 1, 1);
+        status = keep ? SS_OK : SS_NO_MEMORY;
+    }
+    if (status == SS_OK) {
+        join_all(x, j);
+        choose(j, min_size, keep);
+        j->keep = keep;
+        paint_all(x, j);
+    }
+    ss_scratch_free(keep);
+    free_runs(j);
+    return status;
+}
+
+/* ---- the operators -------------------------------------------------------------------------- */
+
+typedef struct batch {
+    ss_exec *x;
+    const ss_tensor *image;
+    int connectivity;
+    int by_value;
+    int32_t *labels;
+    int64_t *count;
+    uint8_t *kept;
+    int64_t min_size;
+    atomic_int failed; /* the status of a volume that failed, if any did: only memory can */
+} batch;
+
+static ss_status run_one(ss_exec *x, const batch *b, int64_t n) {
+    const int64_t *s = b->image->shape + 1;
+    int64_t voxels = s[0] * s[1] * s[2];
+    job j = {.shape = {s[0], s[1], s[2]}, .by_value = b->by_value};
+    j.bytes = ss_dtype_size(b->image->dtype);
+    j.image = (const char *)b->image->data + (size_t)(n * voxels) * j.bytes;
+    if (b->labels) {
+        j.labels = b->labels + n * voxels;
+        return label_volume(x, &j, b->connectivity, b->count + n);
+    }
+    j.wants_sizes = 1;
+    j.kept = b->kept + n * voxels;
+    return keep_volume(x, &j, b->connectivity, b->min_size);
+}
+
+static void run_many(void *ctx, int64_t begin, int64_t end, int32_t thread) {
+    batch *b = ctx;
+    ss_exec x = *b->x;
+    x.threads = 1;
+    (void)thread;
+    for (int64_t n = begin; n < end; ++n) {
+        ss_status status = run_one(&x, b, n);
+        if (status != SS_OK) {
+            atomic_store(&b->failed, (int)status);
+        }
+    }
+}
+
+static ss_status run_batch(ss_exec *x, batch *b) {
+    const int64_t *s = b->image->shape;
+    int64_t voxels = s[1] * s[2] * s[3];
+    if (b->connectivity != 6 && b->connectivity != 18 && b->connectivity != 26) {
+        return ss_fail(x, SS_INVALID, "connectivity: expected 6, 18 or 26, got %d",
+                       b->connectivity);
+    }
+    if (voxels >= INT32_MAX) {
+        return ss_fail(x, SS_INVALID,
+                       "mask: expected volumes of fewer than 2^31 voxels, got %lld x %lld x %lld",
+                       (long long)s[1], (long long)s[2], (long long)s[3]);
+    }
+    atomic_init(&b->failed, SS_OK);
+    if (s[0] > 1 && voxels < 1 << 20) {
+        ss_parallel_for(x, s[0], 1 + (1 << 16) / voxels, run_many, b);
+        ss_status status = (ss_status)atomic_load(&b->failed);
+        return status == SS_OK ? SS_OK : ss_fail(x, status, "could not allocate scratch memory");
+    }
+    ss_status status = SS_OK;
+    for (int64_t n = 0; n < s[0] && status == SS_OK; ++n) {
+        status = run_one(x, b, n);
+    }
+    return status;
+}
+
+ss_status SS_CPU(components)(ss_exec *x, const ss_components_args *a) {
+    batch b = {.x = x, .image = &a->image, .connectivity = (int)a->connectivity};
+    b.by_value = (int)a->by_value;
+    b.labels = a->labels.data;
+    b.count = a->count.data;
+    return run_batch(x, &b);
+}
+
+ss_status SS_CPU(keep_components)(ss_exec *x, const ss_keep_components_args *a) {
+    batch b = {.x = x, .image = &a->mask, .connectivity = (int)a->connectivity};
+    b.kept = a->kept.data;
+    b.min_size = a->min_size;
+    return run_batch(x, &b);
+}
