@@ -16,6 +16,7 @@ __version__ = info.version
 __all__ = ["get_num_threads", "info", "set_num_threads"]
 _MODULES = ("fusion", "losses", "metrics", "ops", "prompts", "random_walk", "reference", "schedules")
 _MODULES = ("fusion", "losses", "masks", "metrics", "ops", "prompts", "reference", "schedules")
+_MODULES = ("fusion", "losses", "masks", "metrics", "ops", "prompts", "random_walk", "reference", "schedules")
 
 
 def __getattr__(name: str) -> Any:

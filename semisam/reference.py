@@ -568,3 +568,21 @@ def _walk_matrix(image: Tensor, gamma: float, beta: float, spacing: Sequence[flo
             matrix.index_put_((a, b), -w, accumulate=True)
             matrix.index_put_((a, a), w, accumulate=True)
     return matrix
+
+
+def geodesic(image: Tensor, mask: Tensor, classes: int, weight: float, spacing: Sequence[float]) -> Tensor:
+    """Relax every step between face neighbours until nothing changes (Bellman-Ford)."""
+    image = image.repeat_interleave(classes, 0).double()
+    distance = torch.where(mask != 0, 0.0, torch.inf).double()
+    h = list(spacing) or [1.0] * 3
+    while True:
+        before = distance.clone()
+        for axis in (1, 2, 3):
+            n = image.shape[axis] - 1
+            step = (h[axis - 1] ** 2 + (weight * image.diff(dim=axis)) ** 2).sqrt()
+            a, b = distance.narrow(axis, 0, n), distance.narrow(axis, 1, n)
+            shorter = torch.minimum(a, b + step), torch.minimum(b, a + step)
+            a.copy_(shorter[0])
+            b.copy_(torch.minimum(b, shorter[1]))
+        if torch.equal(before, distance):
+            return distance

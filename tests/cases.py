@@ -530,6 +530,50 @@ CASES += [
     ),
 ]
 
+
+def _marks(r: np.random.Generator, *shape: int) -> np.ndarray:
+    mask = r.random(shape) < 0.01
+    mask.reshape(shape[0], -1)[:, 5] = True
+    return mask
+
+
+_STEPS = "a path has up to some 50 steps, each rounded to 6e-8 of the sum"
+CASES += [
+    Case(
+        "geodesic",
+        "3d",
+        lambda r: (r.standard_normal((1, 7, 9, 21)), _marks(r, 1, 7, 9, 21), 1, 2.0, []),
+        FLOATS,
+        0,
+        5e-6,
+        _STEPS,
+    ),
+    Case(
+        "geodesic",
+        "classes, spacing, one unmarked",
+        lambda r: (
+            r.standard_normal((2, 3, 8, 17)),
+            np.concatenate([_marks(r, 3, 3, 8, 17).astype(np.uint8) * 7, np.zeros((1, 3, 8, 17), np.uint8)]),
+            2,
+            30.0,
+            [2.0, 0.5, 1.0],
+        ),
+        ("f32",),
+        0,
+        5e-6,
+        _STEPS,
+    ),
+    Case(
+        "geodesic",
+        "2d",
+        lambda r: (r.standard_normal((1, 1, 31, 20)), _marks(r, 1, 1, 31, 20), 1, 0.0, [1.0, 1.0, 1.0]),
+        ("f32",),
+        0,
+        5e-6,
+        _STEPS,
+    ),
+]
+
 # ==== speed ======================================================================================
 
 
@@ -1096,9 +1140,9 @@ SPEEDS += [
         repeat,
     )
     for name, space, repeat in (
-        ("62 k", (35, 51, 35), 7),
-        ("225 k", (90, 70, 36), 7),
-        ("1.8 M", (180, 140, 72), 3),
+        ("62 k", (35, 51, 35), 5),
+        ("225 k", (90, 70, 36), 3),
+        ("1.8 M", (180, 140, 72), 1),
     )
 ]
 SPEEDS += [

@@ -10,13 +10,14 @@
  * the right side whose solution is 1 everywhere: never 0, and the same when foreground and
  * background change places. r is kept as z = D^-1 r only.
  *
- * Only free voxels are stored: tiles of 16 neighbours along x that have one, in C order, each with
+ * Only free voxels are stored: tiles of 8 neighbours along x that have one, in C order, each with
  * the numbers of its four neighbours across; what is missing is tile 0, which is all zeros. Weights
- * between a free voxel and a seed are in c, so that they are 0 here.
+ * between a free voxel and a seed are in c, so that they are 0 here. (Tiles of 16 hold 1.7 to 2
+ * times the free voxels of an organ's band, tiles of 8 only 1.4: less to move at any size.)
  *
- * Memory: per stored voxel 40 bytes of state and 1 of tile numbers. Per iteration one sweep
+ * Memory: per stored voxel 40 bytes of state and 2 of tile numbers. Per iteration one sweep
  * (p = z + b p, e = e + a p, q = A p, p'q: 40 bytes) and one more (z = z - a D^-1 q, z'Dz: 16).
- * Numerics: float vectors; sums in 16 float lanes over 64 tiles, then double in block order: equal
+ * Numerics: float vectors; sums in 8 float lanes over 128 tiles, then double in block order: equal
  * bits for every thread count and instruction set. A p is c p + sum of w (p_i - p_j): islands that
  * hang on weights of 1e-5 would drown in the rounding of D p - W p. x is clipped to 0..1, where the
  * exact x lies. NaN in the image or prior next to a free voxel makes all free voxels of that
@@ -26,9 +27,10 @@
 
 #include <stdatomic.h>
 
-#define BLOCK_TILES (SS_BLOCK / SS_LANES)
+#define TILE 8 /* voxels */
+#define BLOCK_TILES (SS_BLOCK / TILE)
 #define ARRAYS 10
-#define LINES 14
+#define LINES 18
 #define GRAIN 8192 /* voxels that are worth a thread */
 #define FLOOR 1e-5f
 
@@ -74,16 +76,20 @@ static void scan_rows(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     (void)thread;
     for (int64_t row = begin; row < end; ++row) {
         const uint8_t *restrict u = (const uint8_t *)j->a->seeds.data + row * W;
-        int32_t most = 0;
-        _Pragma("omp simd reduction(max : most)") for (int64_t x = 0; x < W; ++x) {
-            most = most > u[x] ? most : u[x]; /* -1 as i8 is 255 here */
+        uint8_t least = 255, most = 0; /* -1 as i8 is 255 here */
+        for (int64_t x = 0; x < W; ++x) {
+            least = least < u[x] ? least : u[x];
+            most = most > u[x] ? most : u[x];
         }
-        extent v = {0, W - 1, most > 0, most > 2};
-        while (v.first < W && u[v.first] != 0) {
-            ++v.first;
-        }
-        while (v.last >= v.first && u[v.last] != 0) {
-            --v.last;
+        extent v = {0, -1, most > 0, most > 2};
+        if (least == 0) {
+            v.last = W - 1;
+            while (u[v.first] != 0) {
+                ++v.first;
+            }
+            while (u[v.last] != 0) {
+                --v.last;
+            }
         }
         j->rows[row] = v;
     }
@@ -93,23 +99,20 @@ static const uint8_t *seeds_of(const walk *k) {
     return (const uint8_t *)k->job->a->seeds.data + k->n * k->D * k->H * k->W;
 }
 
-/* Numbers the tiles in C order, beginning with 1, and notes their neighbours. */
+/* Numbers the tiles in C order, beginning with 1. */
 static void number_tiles(walk *k) {
     const uint8_t *seeds = seeds_of(k);
     const extent *rows = k->job->rows + k->n * k->D * k->H;
     int32_t next = 1;
+    memset(k->map, 0, (size_t)(k->D * k->H * k->columns) * sizeof(int32_t));
     for (int64_t row = 0; row < k->D * k->H; ++row) {
         const uint8_t *u = seeds + row * k->W;
-        for (int64_t c = 0; c < k->columns; ++c) {
-            int64_t begin = k->x0 + c * SS_LANES;
-            int64_t end = begin + SS_LANES < k->W ? begin + SS_LANES : k->W;
-            int32_t any = 0;
-            if (rows[row].first <= rows[row].last) {
-                for (int64_t x = begin; x < end; ++x) {
-                    any |= u[x] == 0;
-                }
+        for (int64_t x = rows[row].first; x <= rows[row].last; ++x) {
+            if (u[x] == 0) {
+                int64_t column = (x - k->x0) / TILE;
+                k->map[row * k->columns + column] = next++;
+                x = k->x0 + (column + 1) * TILE - 1; /* on to the next tile */
             }
-            k->map[row * k->columns + c] = any ? next++ : 0;
         }
     }
     k->tiles = next - 1;
@@ -133,140 +136,203 @@ static void note_neighbours(walk *k) {
     }
 }
 
+static double fold_lanes(const float *lane, int32_t lanes) {
+    double sum = 0.0;
+    for (int32_t l = 0; l < lanes; ++l) {
+        sum += (double)lane[l];
+    }
+    return sum;
+}
+
 /* ---- the system: a row at a time, then packed into tiles ------------------------------------ */
 
-/* Line buffers hold voxel x at x + 1; outside the row they are 0. */
+/* The part of a row that is being looked at: voxel x is at x - begin + 1. What lies beyond the
+ * row's ends is anything at all, except in `free`. */
 typedef struct line {
-    float *image;
+    const float *image;
     float *value; /* x0 of the header: 1 and 0 on seeds */
     float *free;  /* 1 and 0 */
 } line;
 
-static void load_line(walk *k, int64_t row, line l) {
-    const ss_random_walker_args *a = k->job->a;
-    const int64_t volume = k->D * k->H * k->W;
-    const uint8_t *restrict u = seeds_of(k) + row * k->W;
-    float *restrict value = l.value + 1;
-    float *restrict free = l.free + 1;
-    int64_t at = k->n / a->classes * volume + row * k->W;
-    const float *image = ss_load_f32(&a->image, at, k->W, l.image + 1);
-    if (image != l.image + 1) {
-        memcpy(l.image + 1, image, (size_t)k->W * sizeof(float));
+typedef struct span {
+    int64_t begin; /* where the row's first tile begins */
+    int64_t n;     /* voxels to work on: whole tiles, a multiple of SS_LANES */
+} span;
+
+/* The equations of a span's voxels, without a margin. */
+typedef struct equations {
+    float *diagonal;
+    float *residual; /* of x0, then z */
+    float *source;   /* c of the header */
+    float *edge;     /* weight of the edge before a voxel */
+    float *weight[3];
+    float *unused;
+} equations;
+
+/* m floats from element `at` on, which may reach over the ends of the tensor. */
+static const float *window_f32(const ss_tensor *t, int64_t at, int64_t m, float *buffer) {
+    const int64_t total = ss_count(t);
+    if (at >= 0 && at + m <= total) {
+        return ss_load_f32(t, at, m, buffer);
     }
+    const int64_t lo = at < 0 ? -at : 0;
+    const int64_t hi = at + m > total ? total - at : m;
+    memset(buffer, 0, (size_t)m * sizeof(float));
+    const float *inside = ss_load_f32(t, at + lo, hi - lo, buffer + lo);
+    if (inside != buffer + lo) {
+        memcpy(buffer + lo, inside, (size_t)(hi - lo) * sizeof(float));
+    }
+    return buffer;
+}
+
+static const uint8_t *window_u8(const ss_tensor *t, int64_t at, int64_t m, uint8_t *buffer) {
+    const int64_t total = ss_count(t);
+    const uint8_t *u = t->data;
+    if (at >= 0 && at + m <= total) {
+        return u + at;
+    }
+    const int64_t lo = at < 0 ? -at : 0;
+    const int64_t hi = at + m > total ? total - at : m;
+    memset(buffer, 0, (size_t)m);
+    memcpy(buffer + lo, u + at + lo, (size_t)(hi - lo));
+    return buffer;
+}
+
+/* Fills three line buffers from `room` on with a row's span and a margin; uses two more. */
+static line load_line(walk *k, int64_t row, span of, float *room) {
+    const ss_random_walker_args *a = k->job->a;
+    const int64_t m = of.n + SS_LANES;
+    const int64_t volume = k->D * k->H * k->W;
+    const int64_t at = row * k->W + of.begin - 1;
+    float *restrict value = room + k->pitch;
+    float *restrict free = room + 2 * k->pitch;
+    uint8_t *bytes = (uint8_t *)(room + 4 * k->pitch);
+    line l = {window_f32(&a->image, k->n / a->classes * volume + at, m, room), value, free};
+    const uint8_t *restrict u = window_u8(&a->seeds, k->n * volume + at, m, bytes);
     if (a->prior.data) {
-        const float *restrict p = ss_load_f32(&a->prior, k->n * volume + row * k->W, k->W, value);
+        const float *restrict p = window_f32(&a->prior, k->n * volume + at, m, room + 3 * k->pitch);
         SS_SIMD
-        for (int64_t x = 0; x < k->W; ++x) {
-            float seed = u[x] == 1 ? 1.0f : 0.0f;
-            value[x] = u[x] == 0 ? p[x] : seed;
+        for (int64_t i = 0; i < m; ++i) {
+            /* Bits, since SSE2 has no select and gcc would branch around the load. */
+            uint32_t take = u[i] == 0 ? UINT32_MAX : 0;
+            float seed = u[i] == 1 ? 1.0f : 0.0f;
+            value[i] = ss_bits_f32((ss_f32_bits(p[i]) & take) | ss_f32_bits(seed));
+            free[i] = u[i] == 0 ? 1.0f : 0.0f;
         }
     } else {
         SS_SIMD
-        for (int64_t x = 0; x < k->W; ++x) {
-            float seed = u[x] == 1 ? 1.0f : 0.0f;
-            value[x] = u[x] == 0 ? 0.5f : seed;
+        for (int64_t i = 0; i < m; ++i) {
+            float seed = u[i] == 1 ? 1.0f : 0.0f;
+            value[i] = u[i] == 0 ? 0.5f : seed;
+            free[i] = u[i] == 0 ? 1.0f : 0.0f;
         }
     }
-    SS_SIMD
-    for (int64_t x = 0; x < k->W; ++x) {
-        free[x] = u[x] == 0 ? 1.0f : 0.0f;
+    if (of.begin == 0) {
+        free[0] = 0.0f;
     }
+    for (int64_t i = k->W - of.begin + 1; i < m; ++i) {
+        free[i] = 0.0f;
+    }
+    return l;
 }
 
-/* The equations of a row's voxels. */
-typedef struct equations {
-    float *diagonal;
-    float *residual; /* of x0 */
-    float *source;   /* c of the header */
-} equations;
-
 /* Adds the edges between two rows a and b to the equations of a; weights of free pairs. */
-static void add_edges(const walk *k, int32_t axis, line a, line b, equations of,
+static void add_edges(const walk *k, int32_t axis, int64_t n, line a, line b, equations of,
                       float *restrict weight) {
-    float *restrict diagonal = of.diagonal, *restrict residual = of.residual;
-    float *restrict source = of.source;
     const float beta = (float)k->job->a->beta;
     const float scale = k->job->axis[axis];
     const float *restrict ia = a.image + 1, *restrict ib = b.image + 1;
     const float *restrict va = a.value + 1, *restrict vb = b.value + 1;
     const float *restrict fa = a.free + 1, *restrict fb = b.free + 1;
+    float *restrict diagonal = of.diagonal, *restrict residual = of.residual;
+    float *restrict source = of.source;
     SS_SIMD
-    for (int64_t x = 0; x < k->W; ++x) {
-        float step = ia[x] - ib[x];
+    for (int64_t i = 0; i < n; ++i) {
+        float step = ia[i] - ib[i];
         float w = (ss_expf(-beta * (step * step)) + FLOOR) * scale;
-        diagonal[x] += w;
-        residual[x] += w * (vb[x] - va[x]);
-        source[x] += fb[x] > 0.0f ? 0.0f : w;
-        weight[x] = fa[x] * fb[x] > 0.0f ? w : 0.0f;
+        diagonal[i] += w;
+        residual[i] += w * (vb[i] - va[i]);
+        source[i] += fb[i] > 0.0f ? 0.0f : w;
+        weight[i] = fa[i] * fb[i] > 0.0f ? w : 0.0f;
     }
 }
 
-/* Edges along the row itself, each computed once. */
-static void add_row_edges(const walk *k, line a, equations of, float *restrict edge,
-                          float *restrict weight) {
-    float *restrict diagonal = of.diagonal, *restrict residual = of.residual;
-    float *restrict source = of.source;
-    const float beta = (float)k->job->a->beta;
+/* Begins the equations with gamma and the edges along the row, each computed once. */
+static void begin_row(const walk *k, span s, line a, equations of) {
+    const float beta = (float)k->job->a->beta, gamma = (float)k->job->a->gamma;
     const float scale = k->job->axis[2];
-    const float *restrict i = a.image + 1;
+    const float *restrict image = a.image;
     const float *restrict v = a.value + 1;
     const float *restrict f = a.free + 1;
-    edge[0] = 0.0f; /* edge[x] lies before voxel x */
-    edge[k->W] = 0.0f;
-    weight[k->W - 1] = 0.0f;
+    float *restrict edge = of.edge, *restrict weight = of.weight[0];
+    float *restrict diagonal = of.diagonal, *restrict residual = of.residual;
+    float *restrict source = of.source;
     SS_SIMD
-    for (int64_t x = 0; x < k->W - 1; ++x) {
-        float step = i[x] - i[x + 1];
-        float w = (ss_expf(-beta * (step * step)) + FLOOR) * scale;
-        edge[x + 1] = w;
-        weight[x] = f[x] * f[x + 1] > 0.0f ? w : 0.0f;
+    for (int64_t i = 0; i < s.n; ++i) {
+        float step = image[i] - image[i + 1];
+        edge[i] = (ss_expf(-beta * (step * step)) + FLOOR) * scale;
+    }
+    float step = image[s.n] - image[s.n + 1];
+    edge[s.n] = (ss_expf(-beta * (step * step)) + FLOOR) * scale;
+    if (s.begin == 0) {
+        edge[0] = 0.0f;
+    }
+    if (k->W - s.begin <= s.n) {
+        edge[k->W - s.begin] = 0.0f;
     }
     SS_SIMD
-    for (int64_t x = 0; x < k->W; ++x) {
-        diagonal[x] += edge[x] + edge[x + 1];
-        residual[x] += edge[x] * (v[x - 1] - v[x]) + edge[x + 1] * (v[x + 1] - v[x]);
-        source[x] += f[x - 1] > 0.0f ? 0.0f : edge[x];
-        source[x] += f[x + 1] > 0.0f ? 0.0f : edge[x + 1];
+    for (int64_t i = 0; i < s.n; ++i) {
+        float before = f[i - 1] > 0.0f ? 0.0f : edge[i];
+        float after = f[i + 1] > 0.0f ? 0.0f : edge[i + 1];
+        weight[i] = f[i] * f[i + 1] > 0.0f ? edge[i + 1] : 0.0f;
+        diagonal[i] = gamma + edge[i] + edge[i + 1];
+        residual[i] = edge[i] * (v[i - 1] - v[i]) + edge[i + 1] * (v[i + 1] - v[i]);
+        source[i] = gamma + before + after;
     }
 }
 
 /* Turns the residual into z, with 0 = 0 on seeds; returns c' D^-1 c of the row. */
-static double close_row(walk *k, line a, equations of) {
+static double end_row(walk *k, int64_t n, line a, equations of) {
     float *restrict diagonal = of.diagonal, *restrict residual = of.residual;
     float *restrict source = of.source;
     const float *restrict f = a.free + 1;
     const float *restrict v = a.value + 1;
-    double sum = 0.0;
+    float lane[SS_LANES] = {0};
     int32_t bad = 0;
-    SS_SIMD
-    for (int64_t x = 0; x < k->W; ++x) {
-        diagonal[x] = f[x] > 0.0f ? diagonal[x] : 1.0f;
-        residual[x] = f[x] > 0.0f ? residual[x] / diagonal[x] : 0.0f;
-        source[x] = f[x] > 0.0f ? source[x] : 0.0f;
+    for (int64_t at = 0; at < n; at += SS_LANES) {
+        SS_SIMD
+        for (int64_t l = 0; l < SS_LANES; ++l) {
+            const int64_t i = at + l;
+            float d = f[i] > 0.0f ? diagonal[i] : 1.0f;
+            float c = f[i] > 0.0f ? source[i] : 0.0f;
+            diagonal[i] = d;
+            residual[i] = f[i] > 0.0f ? residual[i] / d : 0.0f;
+            source[i] = c;
+            lane[l] += c * c / d;
+        }
     }
-    for (int64_t x = 0; x < k->W; ++x) {
-        double c = (double)source[x];
-        sum += c * c / (double)diagonal[x];
-        bad |= v[x] < 0.0f || v[x] > 1.0f;
+    for (int64_t i = 0; i < n; ++i) {
+        bad |= (f[i] > 0.0f) & ((v[i] < 0.0f) | (v[i] > 1.0f));
     }
     if (bad) {
         atomic_store_explicit(&k->bad_prior, 1, memory_order_relaxed);
     }
-    return sum;
+    return fold_lanes(lane, SS_LANES);
 }
 
-static void pack_row(const walk *k, int64_t row, equations of, float *const restrict w[3]) {
-    const size_t bytes = SS_LANES * sizeof(float);
-    for (int64_t column = 0; column < k->columns; ++column) {
-        int64_t i = (int64_t)k->map[row * k->columns + column] * SS_LANES;
-        int64_t x = k->x0 + column * SS_LANES;
+static void pack_row(const walk *k, int64_t row, span s, equations of) {
+    const size_t bytes = TILE * sizeof(float);
+    const int64_t first = (s.begin - k->x0) / TILE;
+    for (int64_t column = first; column < first + s.n / TILE && column < k->columns; ++column) {
+        const int64_t i = (int64_t)k->map[row * k->columns + column] * TILE;
+        const int64_t from = (column - first) * TILE;
         if (i) {
-            memcpy(k->c + i, of.source + x, bytes);
-            memcpy(k->d + i, of.diagonal + x, bytes);
-            memcpy(k->z + i, of.residual + x, bytes);
-            memcpy(k->wx + i, w[0] + x, bytes);
-            memcpy(k->wy + i, w[1] + x, bytes);
-            memcpy(k->wz + i, w[2] + x, bytes);
+            memcpy(k->c + i, of.source + from, bytes);
+            memcpy(k->d + i, of.diagonal + from, bytes);
+            memcpy(k->z + i, of.residual + from, bytes);
+            memcpy(k->wx + i, of.weight[0] + from, bytes);
+            memcpy(k->wy + i, of.weight[1] + from, bytes);
+            memcpy(k->wz + i, of.weight[2] + from, bytes);
             memset(k->q + i, 0, bytes);
             memset(k->e + i, 0, bytes);
             memset(k->p[0] + i, 0, bytes);
@@ -275,45 +341,37 @@ static void pack_row(const walk *k, int64_t row, equations of, float *const rest
 }
 
 static void build_row(walk *k, int64_t row, float *lines) {
-    const int64_t z = row / k->H, y = row % k->H;
-    float *at[LINES];
-    for (int32_t i = 0; i < LINES; ++i) {
-        at[i] = lines + i * k->pitch;
-    }
-    line here = {at[0], at[1], at[2]};
-    line there = {at[3], at[4], at[5]};
-    equations of = {at[6], at[7], at[8]};
-    float *edge = at[9], *unused = at[10];
-    float *weight[3] = {at[11], at[12], at[13]};
-    const float gamma = (float)k->job->a->gamma;
-    load_line(k, row, here);
-    for (int64_t x = 0; x < k->W; ++x) {
-        of.diagonal[x] = gamma;
-        of.residual[x] = 0.0f;
-        of.source[x] = gamma;
-    }
-    for (int64_t x = k->W; x < k->pitch; ++x) {
-        of.diagonal[x] = 1.0f; /* of voxels that do not exist: 0 = 0, like seeds */
-    }
-    memset(weight[1], 0, (size_t)k->W * sizeof(float));
-    memset(weight[2], 0, (size_t)k->W * sizeof(float));
-    add_row_edges(k, here, of, edge, weight[0]);
+    const extent x = k->job->rows[k->n * k->D * k->H + row];
+    const int64_t z = row / k->H, y = row % k->H, pitch = k->pitch;
+    const int64_t begin = x.first - (x.first - k->x0) % TILE;
+    const span s = {begin, (x.last - begin) / SS_LANES * SS_LANES + SS_LANES};
+    float *own = lines + 10 * pitch;
+    equations of = {own,
+                    own + pitch,
+                    own + 2 * pitch,
+                    own + 3 * pitch,
+                    {own + 4 * pitch, own + 5 * pitch, own + 6 * pitch},
+                    own + 7 * pitch};
+    const line here = load_line(k, row, s, lines);
+    begin_row(k, s, here, of);
+    memset(of.weight[1], 0, (size_t)s.n * sizeof(float));
+    memset(of.weight[2], 0, (size_t)s.n * sizeof(float));
     const struct {
         int32_t there, axis;
         int64_t row;
         float *weight;
-    } across[4] = {{y > 0, 1, row - 1, unused},
-                   {y + 1 < k->H, 1, row + 1, weight[1]},
-                   {z > 0, 0, row - k->H, unused},
-                   {z + 1 < k->D, 0, row + k->H, weight[2]}};
+    } across[4] = {{y > 0, 1, row - 1, of.unused},
+                   {y + 1 < k->H, 1, row + 1, of.weight[1]},
+                   {z > 0, 0, row - k->H, of.unused},
+                   {z + 1 < k->D, 0, row + k->H, of.weight[2]}};
     for (int32_t i = 0; i < 4; ++i) {
         if (across[i].there) {
-            load_line(k, across[i].row, there);
-            add_edges(k, across[i].axis, here, there, of, across[i].weight);
+            const line there = load_line(k, across[i].row, s, lines + 5 * pitch);
+            add_edges(k, across[i].axis, s.n, here, there, of, across[i].weight);
         }
     }
-    k->row_sum[row] = close_row(k, here, of);
-    pack_row(k, row, of, weight);
+    k->row_sum[row] = end_row(k, s.n, here, of);
+    pack_row(k, row, s, of);
 }
 
 /* ---- sweeps over blocks of tiles ------------------------------------------------------------ */
@@ -323,31 +381,23 @@ static void tile_range(const walk *k, int64_t block, int64_t *begin, int64_t *en
     *end = *begin + BLOCK_TILES < k->tiles + 1 ? *begin + BLOCK_TILES : k->tiles + 1;
 }
 
-static double fold_lanes(const float *lane) {
-    double sum = 0.0;
-    for (int32_t l = 0; l < SS_LANES; ++l) {
-        sum += (double)lane[l];
-    }
-    return sum;
-}
-
 /* p = z + beta p_old, e = e + alpha p_old, q = A p; returns p'q. Neighbours' new p is computed
  * here again: it is not known whether they have been done, and arithmetic costs nothing here. */
 static double multiply_block(const walk *k, int64_t block, const float *restrict old,
                              float *restrict new, float alpha, float beta) {
-    float lane[SS_LANES] = {0};
+    float lane[TILE] = {0};
     int64_t begin, end;
     tile_range(k, block, &begin, &end);
     for (int64_t t = begin; t < end; ++t) {
-        const int64_t i = t * SS_LANES;
+        const int64_t i = t * TILE;
         const int32_t *b = k->beside + 4 * t;
-        const int64_t y0 = (int64_t)b[0] * SS_LANES, y1 = (int64_t)b[1] * SS_LANES;
-        const int64_t z0 = (int64_t)b[2] * SS_LANES, z1 = (int64_t)b[3] * SS_LANES;
+        const int64_t y0 = (int64_t)b[0] * TILE, y1 = (int64_t)b[1] * TILE;
+        const int64_t z0 = (int64_t)b[2] * TILE, z1 = (int64_t)b[3] * TILE;
         const float *restrict z = k->z, *restrict c = k->c + i;
         const float *restrict wx = k->wx + i, *restrict wy = k->wy, *restrict wz = k->wz;
         float *restrict e = k->e + i, *restrict q = k->q + i, *restrict p = new + i;
         SS_SIMD
-        for (int32_t l = 0; l < SS_LANES; ++l) {
+        for (int32_t l = 0; l < TILE; ++l) {
             float mid = z[i + l] + beta * old[i + l];
             float left = mid - (z[i + l - 1] + beta * old[i + l - 1]);
             float right = mid - (z[i + l + 1] + beta * old[i + l + 1]);
@@ -365,26 +415,26 @@ static double multiply_block(const walk *k, int64_t block, const float *restrict
             lane[l] += mid * sum;
         }
     }
-    return fold_lanes(lane);
+    return fold_lanes(lane, TILE);
 }
 
 /* z = z - alpha D^-1 q; returns z'Dz. */
 static double update_block(const walk *k, int64_t block, float alpha) {
-    float lane[SS_LANES] = {0};
+    float lane[TILE] = {0};
     int64_t begin, end;
     tile_range(k, block, &begin, &end);
     for (int64_t t = begin; t < end; ++t) {
-        float *restrict z = k->z + t * SS_LANES;
-        const float *restrict q = k->q + t * SS_LANES;
-        const float *restrict d = k->d + t * SS_LANES;
+        float *restrict z = k->z + t * TILE;
+        const float *restrict q = k->q + t * TILE;
+        const float *restrict d = k->d + t * TILE;
         SS_SIMD
-        for (int32_t l = 0; l < SS_LANES; ++l) {
+        for (int32_t l = 0; l < TILE; ++l) {
             float v = z[l] - alpha * q[l] / d[l];
             z[l] = v;
             lane[l] += v * d[l] * v;
         }
     }
-    return fold_lanes(lane);
+    return fold_lanes(lane, TILE);
 }
 
 static double fold(const double *part, int64_t n) {
@@ -397,36 +447,37 @@ static double fold(const double *part, int64_t n) {
 
 /* ---- one problem ---------------------------------------------------------------------------- */
 
-static void store_row(const walk *k, int64_t row, float *restrict out) {
+static void store_row(const walk *k, int64_t row, float *restrict out, float *buffer) {
     const uint8_t *restrict u = seeds_of(k) + row * k->W;
+    const extent extent = k->job->rows[k->n * k->D * k->H + row];
     const ss_tensor *prior = &k->job->a->prior;
-    const float *restrict p = k->p[k->latest];
+    const float *restrict p = k->p[k->latest], *restrict e = k->e;
     const float alpha = (float)k->alpha;
-    const int64_t at = (k->n * k->D * k->H + row) * k->W;
-    if (prior->data) {
-        const float *v = ss_load_f32(prior, at, k->W, out);
-        if (v != out) {
-            memcpy(out, v, (size_t)k->W * sizeof(float));
-        }
-    } else {
-        for (int64_t x = 0; x < k->W; ++x) {
-            out[x] = 0.5f;
-        }
-    }
-    for (int64_t c = 0; c < k->columns; ++c) {
-        const int64_t i = (int64_t)k->map[row * k->columns + c] * SS_LANES;
-        const int64_t x0 = k->x0 + c * SS_LANES;
-        const int64_t n = i == 0 ? 0 : (k->W - x0 < SS_LANES ? k->W - x0 : SS_LANES);
-        for (int64_t l = 0; l < n; ++l) {
-            float v = out[x0 + l] + (k->e[i + l] + alpha * p[i + l]);
-            v = v < 0.0f ? 0.0f : v;
-            out[x0 + l] = v > 1.0f ? 1.0f : v;
-        }
-    }
     SS_SIMD
     for (int64_t x = 0; x < k->W; ++x) {
-        float seed = u[x] == 1 ? 1.0f : 0.0f;
-        out[x] = u[x] == 0 ? out[x] : seed;
+        out[x] = u[x] == 1 ? 1.0f : 0.0f;
+    }
+    if (extent.first > extent.last) {
+        return;
+    }
+    const float *restrict start = buffer;
+    if (prior->data) {
+        start = ss_load_f32(prior, (k->n * k->D * k->H + row) * k->W, k->W, buffer);
+    } else {
+        for (int64_t x = 0; x < k->W; ++x) {
+            buffer[x] = 0.5f;
+        }
+    }
+    for (int64_t column = 0; column < k->columns; ++column) {
+        const int64_t i = (int64_t)k->map[row * k->columns + column] * TILE;
+        const int64_t x0 = k->x0 + column * TILE;
+        const int64_t n = i == 0 ? 0 : (k->W - x0 < TILE ? k->W - x0 : TILE);
+        for (int64_t l = 0; l < n; ++l) {
+            float v = start[x0 + l] + (e[i + l] + alpha * p[i + l]);
+            v = v < 0.0f ? 0.0f : v;
+            v = v > 1.0f ? 1.0f : v;
+            out[x0 + l] = u[x0 + l] == 0 ? v : out[x0 + l];
+        }
     }
 }
 
@@ -481,7 +532,6 @@ static void solve(void *ctx, ss_region *region, int32_t thread) {
     const int64_t blocks = (k->tiles + BLOCK_TILES - 1) / BLOCK_TILES;
     const extent *extents = k->job->rows + k->n * rows;
     float *lines = k->lines + thread * LINES * k->pitch;
-    memset(lines, 0, (size_t)(LINES * k->pitch) * sizeof(float));
     for (int64_t row = row0; row < row1; ++row) {
         k->row_sum[row] = 0.0;
         if (extents[row].first <= extents[row].last) {
@@ -496,7 +546,7 @@ static void solve(void *ctx, ss_region *region, int32_t thread) {
     iterate(k, region, thread);
     float *out = (float *)k->job->a->prob.data + k->n * rows * k->W;
     for (int64_t row = row0; row < row1; ++row) {
-        store_row(k, row, out + row * k->W);
+        store_row(k, row, out + row * k->W, lines);
     }
 }
 
@@ -519,18 +569,18 @@ static void bound_columns(walk *k) {
         }
     }
     k->x0 = last < 0 ? 0 : first;
-    k->columns = last < 0 ? 1 : (last - first) / SS_LANES + 1;
+    k->columns = last < 0 ? 1 : (last - first) / TILE + 1;
 }
 
 /* Vectors start 5 cache lines off a power of two, so that their sets in L1 differ. */
 static int64_t vector_length(const walk *k) {
-    return ((k->tiles + 2) * SS_LANES + 1023) / 1024 * 1024 + 5 * SS_LANES;
+    return ((k->tiles + 2) * TILE + 1023) / 1024 * 1024 + 5 * 16;
 }
 
 static ss_status allocate(ss_exec *x, walk *k, int32_t threads) {
     const int64_t length = vector_length(k);
     const int64_t blocks = (k->tiles + BLOCK_TILES - 1) / BLOCK_TILES;
-    k->pitch = (k->W + 2 * SS_LANES + 2 + 15) / 16 * 16;
+    k->pitch = k->W / SS_LANES * SS_LANES + 4 * SS_LANES;
     k->beside = ss_scratch(x, 4 * (k->tiles + 2), sizeof(int32_t));
     k->c = ss_scratch(x, ARRAYS * length, sizeof(float));
     k->row_sum = ss_scratch(x, k->D * k->H + 2 * blocks, sizeof(double));
@@ -542,8 +592,8 @@ static ss_status allocate(ss_exec *x, walk *k, int32_t threads) {
                               &k->z, &k->q, &k->e,  &k->p[0], &k->p[1]};
     for (int32_t i = 0; i < ARRAYS; ++i) {
         *arrays[i] = k->c + i * length;
-        memset(*arrays[i], 0, SS_LANES * sizeof(float));
-        memset(*arrays[i] + (k->tiles + 1) * SS_LANES, 0, SS_LANES * sizeof(float));
+        memset(*arrays[i], 0, TILE * sizeof(float));
+        memset(*arrays[i] + (k->tiles + 1) * TILE, 0, TILE * sizeof(float));
     }
     k->part[0] = k->row_sum + k->D * k->H;
     k->part[1] = k->part[0] + blocks;
@@ -560,7 +610,7 @@ static ss_status run_problem(ss_exec *x, const job *j, int64_t n, int32_t most_t
     k.map = ss_scratch(x, k.D * k.H * k.columns, sizeof(int32_t));
     if (k.map) {
         number_tiles(&k);
-        int64_t worth = 1 + k.tiles * SS_LANES / GRAIN;
+        int64_t worth = 1 + k.tiles * TILE / GRAIN;
         int32_t threads = most_threads < worth ? most_threads : (int32_t)worth;
         status = allocate(x, &k, threads);
         if (status == SS_OK) {
