@@ -243,7 +243,7 @@ def register() -> None:
         for key in ("CPU", "CUDA"):
             _library.impl(op, _torch_kernel(op, torch), key)
         torch.library.register_fake(f"semisam::{op}", _torch_fake(op, torch), lib=_library)
-    _define_functions(torch)
+    _define_functions()
 
 
 def _torch_dtypes(torch: Any) -> dict[str, torch.dtype]:
@@ -326,7 +326,9 @@ def voxel_loss(
 _functions: dict[str, Any] = {}
 
 
-def _define_functions(torch: Any) -> None:
+def _define_functions() -> None:
+    import torch  # noqa: PLC0415  (only called where the caller has it)
+
     ops = torch.ops.semisam
 
     class VoxelLoss(torch.autograd.Function):

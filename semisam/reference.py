@@ -62,7 +62,7 @@ def inner_distance2(mask: Tensor, dims: int) -> Tensor:
     return d2
 
 
-def next_click(  # noqa: PLR0917  (the operator's arguments)
+def next_click(
     target: Tensor,
     current: Tensor | None,
     region: Tensor | None,
@@ -296,7 +296,7 @@ def voxel_loss_backward(
 # ---- fusion -------------------------------------------------------------------------------------
 
 
-def fuse(  # noqa: PLR0917
+def fuse(
     sources: list[Tensor],
     r_lab: list[float],
     r_unc: list[float],
@@ -517,7 +517,7 @@ def _percentile(d: Tensor, weight: Tensor, areas: Tensor | None, percentile: flo
 # ---- random walker ------------------------------------------------------------------------------
 
 
-def random_walker(  # noqa: PLR0917  (the operator's own order)
+def random_walker(
     image: Tensor,
     seeds: Tensor,
     prior: Tensor | None,

@@ -238,7 +238,7 @@ _SUMS = (
 )
 
 
-def _fuse(  # noqa: PLR0917
+def _fuse(
     sources: list[np.ndarray],
     unc: int = _VAR,
     weighting: int = _EXP,

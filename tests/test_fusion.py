@@ -221,7 +221,7 @@ def test_exponential_weight_is_accurate(rng, kappa):
     scale=st.sampled_from([0.01, 1.0, 30.0]),
 )
 @settings(max_examples=60, deadline=None)
-def test_maps_stay_in_their_ranges_and_ignore_order(  # noqa: PLR0917
+def test_maps_stay_in_their_ranges_and_ignore_order(
     seed, s, channels, unc, weight, logits, scale
 ):
     rng = np.random.default_rng(seed)
