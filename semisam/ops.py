@@ -341,7 +341,7 @@ def _define_functions() -> None:
             return values
 
         @staticmethod
-        @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, grad: Any) -> Any:
             logits, stats, *arrays = ctx.saved_tensors
             dlogits = ops.voxel_loss_backward(
