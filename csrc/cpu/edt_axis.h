@@ -2,7 +2,7 @@
  *
  * edt_axis.h: one axis of the distance transform for 32 columns at a time, any number type.
  *
- * Included once per type with EDT_T, EDT_BIG ("no 0-voxel yet"; BIG plus any cost must not
+ * Included once per type with EDT_T, EDT_BIG(job) ("no 0-voxel yet"; BIG plus any cost must not
  * overflow) and EDT(name). A tile holds rows -EDT_NEAR .. n + EDT_NEAR - 1 of `stride` columns;
  * rows outside 0..n-1 are BIG. cost[k] is the squared length of k steps.
  *
@@ -49,7 +49,7 @@ static inline void EDT(step)(const EDT_T *restrict f, int64_t stride, int64_t k,
 
 /* What the closed faces leave of `start` at row i. */
 static inline EDT_T EDT(face)(const edt_line *a, const EDT_T *cost, int64_t i) {
-    EDT_T c = EDT_BIG;
+    EDT_T c = EDT_BIG(a);
     if (a->closed[0]) {
         c = cost[i + 1];
     }
@@ -89,7 +89,7 @@ static void EDT(bracketed)(const edt_line *a, const EDT_T *restrict f, const EDT
     int32_t place[EDT_LANES];
     int32_t lo = *first, hi = *last;
     for (int l = 0; l < EDT_LANES; ++l) {
-        best[l] = EDT_BIG;
+        best[l] = EDT_BIG(a);
         place[l] = -1;
     }
     for (int32_t p = lo; p <= hi; ++p) {
@@ -122,13 +122,13 @@ static void EDT(far)(const edt_line *a, const EDT_T *restrict f, const EDT_T *re
     int32_t *row = w, *first = w + a->n, *last = first + a->n;
     int32_t rows = 0;
     for (int64_t j = 0; j < a->n; ++j) { /* only rows in which some column has a finite value */
-        EDT_T least = EDT_BIG;
+        EDT_T least = EDT_BIG(a);
         const EDT_T *g = f + j * a->stride;
         _Pragma("omp simd reduction(min : least)") for (int l = 0; l < EDT_LANES; ++l) {
             least = g[l] < least ? g[l] : least;
         }
         row[rows] = (int32_t)j;
-        rows += least < EDT_BIG;
+        rows += least < EDT_BIG(a);
     }
     int32_t top = 1;
     while (top < m) {
@@ -203,7 +203,7 @@ static void EDT(run)(const edt_job *job, int64_t begin, int64_t end, EDT_T *rest
         out[i] = cost[i - begin + 1];
     }
     for (int64_t i = half; i < end; ++i) {
-        out[i] = right ? cost[end - i] : EDT_BIG;
+        out[i] = right ? cost[end - i] : EDT_BIG(job);
     }
 }
 
@@ -224,6 +224,7 @@ static int EDT(store)(const edt_job *job, int64_t z, int64_t y, const EDT_T *res
     int64_t at = edt_offset(job, z, y);
     int64_t n = job->n[2];
     uint32_t over = 0;
+    EDT_T big = EDT_BIG(job);
     if (job->squares) {
         int32_t *restrict out = job->squares + at;
         SS_SIMD
@@ -246,7 +247,7 @@ static int EDT(store)(const edt_job *job, int64_t z, int64_t y, const EDT_T *res
         }
     }
     _Pragma("omp simd reduction(| : over)") for (int64_t i = 0; i < n; ++i) {
-        over |= g[i] >= EDT_BIG;
+        over |= g[i] >= big;
     }
     return over != 0;
 }
@@ -254,8 +255,8 @@ static int EDT(store)(const edt_job *job, int64_t z, int64_t y, const EDT_T *res
 /* The square of the way out of the volume from place i along an axis, if the box ends there. */
 static EDT_T EDT(way_out)(const edt_job *job, int axis, int64_t i) {
     const EDT_T *cost = job->cost[axis];
-    EDT_T c = job->closed[axis][0] == EDT_BORDER ? cost[i + 1] : EDT_BIG;
-    EDT_T d = job->closed[axis][1] == EDT_BORDER ? cost[job->n[axis] - i] : EDT_BIG;
+    EDT_T c = job->closed[axis][0] == EDT_BORDER ? cost[i + 1] : EDT_BIG(job);
+    EDT_T d = job->closed[axis][1] == EDT_BORDER ? cost[job->n[axis] - i] : EDT_BIG(job);
     return c < d ? c : d;
 }
 
@@ -277,10 +278,10 @@ static void EDT(planes)(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     int64_t h = job->n[1], pitch = job->pitch, size = h * pitch;
     EDT_T *pad = edt_tile(job, thread);
     EDT_T *tile = pad + EDT_NEAR * pitch, *own = tile + (h + EDT_NEAR) * pitch;
-    edt_line a = {h, pitch, {job->closed[1][0], job->closed[1][1]}};
+    edt_line a = {h, pitch, {job->closed[1][0], job->closed[1][1]}, job->big};
     for (int64_t i = 0; i < EDT_NEAR * pitch; ++i) {
-        pad[i] = EDT_BIG;
-        tile[size + i] = EDT_BIG;
+        pad[i] = EDT_BIG(job);
+        tile[size + i] = EDT_BIG(job);
     }
     for (int64_t z = begin; z < end; ++z) {
         EDT_T *out = job->flat ? own : (EDT_T *)job->mid + z * size;
@@ -318,10 +319,10 @@ static void EDT(slabs)(void *ctx, int64_t begin, int64_t end, int32_t thread) {
         int64_t width = rows * job->pitch;
         EDT_T *pad = edt_tile(job, thread);
         EDT_T *tile = pad + EDT_NEAR * width, *out = tile + (d + EDT_NEAR) * width;
-        edt_line a = {d, width, {job->closed[0][0], job->closed[0][1]}};
+        edt_line a = {d, width, {job->closed[0][0], job->closed[0][1]}, job->big};
         for (int64_t i = 0; i < EDT_NEAR * width; ++i) {
-            pad[i] = EDT_BIG;
-            tile[d * width + i] = EDT_BIG;
+            pad[i] = EDT_BIG(job);
+            tile[d * width + i] = EDT_BIG(job);
         }
         for (int64_t z = 0; z < d; ++z) {
             memcpy(tile + z * width, (const EDT_T *)job->mid + z * plane + y0 * job->pitch,
