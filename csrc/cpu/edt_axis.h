@@ -161,32 +161,43 @@ static void EDT(columns)(const edt_line *a, const EDT_T *tile, const EDT_T *cost
     }
 }
 
-/* place[l] = the smallest row j with f[j] + cost[|i - j|] = g; -1 and n for the faces. */
+/* place[l] = the smallest row j with f[j] + cost[|i - j|] = g; -1 and n for the faces. Rows are
+ * tried in ascending order, kept as j + 2 in the lanes' own type until every lane has one. */
 static void EDT(nearest)(const edt_line *a, const EDT_T *restrict f, const EDT_T *restrict cost,
                          int64_t i, const EDT_T *restrict g, int16_t *restrict place) {
+    EDT_T found[EDT_LANES];
     EDT_T m = EDT(most)(g);
     int64_t k = 0;
     while (k + 1 < a->n && cost[k + 1] <= m) {
         ++k;
     }
-    int64_t from = i - k > 0 ? i - k : 0;
     int64_t to = i + k < a->n - 1 ? i + k : a->n - 1;
+    EDT_T before = a->closed[0] ? cost[i + 1] : EDT_BIG(a);
+    SS_SIMD
     for (int l = 0; l < EDT_LANES; ++l) {
-        place[l] = 0;
+        found[l] = (EDT_T)(g[l] == before ? 1 : 0);
     }
-    for (int l = 0; a->closed[1] && l < EDT_LANES; ++l) {
-        place[l] = cost[a->n - i] == g[l] ? (int16_t)a->n : place[l];
-    }
-    for (int64_t j = to; j >= from; --j) {
-        EDT_T c = cost[j < i ? i - j : j - i];
+    for (int64_t j = i - k > 0 ? i - k : 0; j <= to; ++j) {
         const EDT_T *restrict v = f + j * a->stride;
+        EDT_T c = cost[j < i ? i - j : j - i];
+        EDT_T number = (EDT_T)(j + 2);
         SS_SIMD
         for (int l = 0; l < EDT_LANES; ++l) {
-            place[l] = (EDT_T)(v[l] + c) == g[l] ? (int16_t)j : place[l];
+            EDT_T hit = (EDT_T)(v[l] + c) == g[l] ? number : (EDT_T)0;
+            found[l] = found[l] == 0 ? hit : found[l];
+        }
+        if (j % 8 == 0) {
+            EDT_T least = found[0];
+            _Pragma("omp simd reduction(min : least)") for (int l = 0; l < EDT_LANES; ++l) {
+                least = found[l] < least ? found[l] : least;
+            }
+            if (least > 0) {
+                break;
+            }
         }
     }
-    for (int l = 0; a->closed[0] && l < EDT_LANES; ++l) {
-        place[l] = cost[i + 1] == g[l] ? (int16_t)-1 : place[l];
+    for (int l = 0; l < EDT_LANES; ++l) { /* not found: the other face is left */
+        place[l] = (int16_t)(found[l] == 0 ? (EDT_T)a->n : found[l] - 2);
     }
 }
 
