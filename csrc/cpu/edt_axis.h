@@ -59,9 +59,11 @@ static inline EDT_T EDT(face)(const edt_line *a, const EDT_T *cost, int64_t i) {
     return c;
 }
 
-/* Row i of 32 columns; returns 0 if rows farther than EDT_NEAR could still be nearer. */
+/* Row i of 32 columns; returns 0 if rows farther than EDT_NEAR could still be nearer. *sure is how
+ * far the row before had to look, and then this one: up to there nothing is asked, since asking
+ * whether all lanes are done costs as much as looking at eight rows. */
 static int EDT(near)(const edt_line *a, const EDT_T *restrict f, const EDT_T *restrict cost,
-                     int64_t i, EDT_T *restrict out) {
+                     int64_t i, int64_t *sure, EDT_T *restrict out) {
     EDT_T best[EDT_LANES];
     EDT_T c = EDT(face)(a, cost, i);
     f += i * a->stride;
@@ -69,13 +71,19 @@ static int EDT(near)(const edt_line *a, const EDT_T *restrict f, const EDT_T *re
     for (int l = 0; l < EDT_LANES; ++l) {
         best[l] = f[l] < c ? f[l] : c;
     }
-    EDT_T m = EDT(most)(best);
+    EDT_T m = 1;
     int64_t k = 1;
-    while (k < a->n && m > cost[k] && k <= EDT_NEAR - 3) {
-        EDT(step)(f, a->stride, k, cost, best);
+    if (k >= *sure) {
         m = EDT(most)(best);
-        k += 4;
     }
+    while (k < a->n && k <= EDT_NEAR - 3 && (k < *sure || m > cost[k])) {
+        EDT(step)(f, a->stride, k, cost, best);
+        k += 4;
+        if (k >= *sure) {
+            m = EDT(most)(best);
+        }
+    }
+    *sure = k - 4;
     memcpy(out, best, sizeof best);
     return k >= a->n || m <= cost[k];
 }
@@ -151,9 +159,10 @@ static void EDT(columns)(const edt_line *a, const EDT_T *tile, const EDT_T *cost
         EDT_T *g = out + b * EDT_LANES;
         int32_t *far = w + 3 * a->n;
         int32_t m = 0;
+        int64_t sure = 1;
         for (int64_t i = 0; i < a->n; ++i) {
             far[m] = (int32_t)i;
-            m += !EDT(near)(a, f, cost, i, g + i * out_stride);
+            m += !EDT(near)(a, f, cost, i, &sure, g + i * out_stride);
         }
         if (m > 0) {
             EDT(far)(a, f, cost, far, m, w, g, out_stride);
