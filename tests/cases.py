@@ -346,7 +346,7 @@ CASES += [
     Case("components", "2d", lambda r: (_mask(r, 0.3, 3, 1, 21, 33).astype(np.int16), 26, 0), ()),
     Case("components", "values-6", lambda r: (r.integers(0, 3, (2, 5, 9, 20), np.int32), 6, 1), ()),
     Case("components", "values-26", lambda r: (r.integers(0, 5, (1, 5, 9, 20)), 26, 1), ()),
-    Case("components", "slabs", lambda r: (_mask(r, 0.03, 1, 5, 150, 450), 26, 0), ()),
+    Case("components", "slabs", lambda r: (_mask(r, 0.02, 1, 5, 130, 260), 26, 0), ()),
     Case("keep_components", "largest-26", lambda r: (_mask(r, 0.08, 2, 9, 11, 70), 26, 0), ()),
     Case("keep_components", "largest-6", lambda r: (_mask(r, 0.3, 1, 9, 11, 20) * np.uint8(7), 6, 0), ()),
     Case("keep_components", "small-18", lambda r: (_mask(r, 0.15, 2, 9, 11, 20), 18, 4), ()),
@@ -960,12 +960,13 @@ def _edt_speed(
     )
 
 
-_ORGAN = {"edt_edt": 5, "edt_scipy": 50, "floor": 2.5}
+_FAST = {"edt_edt": 5, "floor": 2.5}
+_ORGAN = {**_FAST, "edt_scipy": 50}
 SPEEDS += [
     _edt_speed("128^3, 8 % full", lambda r: organ(r, (128,) * 3, 0.08), _ORGAN, 7),
     _edt_speed("128^3, 50 % full", lambda r: organ(r, (128,) * 3, 0.5), _ORGAN, 7),
-    _edt_speed("256^3, 8 % full", lambda r: organ(r, (256,) * 3, 0.08), _ORGAN, 3),
-    _edt_speed("512x512x200, 8 % full", lambda r: organ(r, (512, 512, 200), 0.08), {"edt_edt": 5}, 3, False),
+    _edt_speed("256^3, 8 % full", lambda r: organ(r, (256,) * 3, 0.08), _FAST, 3, False),
+    _edt_speed("512x512x200, 8 % full", lambda r: organ(r, (512, 512, 200), 0.08), _FAST, 3, False),
     _edt_speed("128^3, all but one voxel", lambda r: _all_but_one(128, 128, 128), {"edt_edt": 2}),
     _edt_speed("128^3, all but a corner", lambda r: _slit(1, 128, 128, 128)[0], {"edt_edt": 2}),
     _edt_speed("128^3, noise 50 %", lambda r: _mask(r, 0.5, 128, 128, 128).view(np.uint8), {"edt_edt": 2}),

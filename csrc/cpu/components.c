@@ -559,33 +559,65 @@ static ss_status number(ss_exec *x, job *j, int64_t *count) {
     return status;
 }
 
+/* Writes columns [begin, end) of row r, which belong to a run. */
+static inline void put(const job *j, int64_t r, int64_t begin, int64_t end, int32_t run) {
+    int64_t at = r * j->shape[2] + begin, n = end - begin;
+    if (j->labels) {
+        int32_t *restrict out = j->labels + at;
+        int32_t label = j->size[run];
+        if (n < 16) { /* most runs of noise: shorter than a vector loop's preparations */
+            for (int64_t i = 0; i < n; ++i) {
+                out[i] = label;
+            }
+            return;
+        }
+        SS_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            out[i] = label;
+        }
+    } else if (j->keep[j->parent[run]]) {
+        memcpy(j->kept + at, j->image + at, (size_t)n);
+    }
+}
+
+/* One row from its bits: where they begin, the starts so far say which run of the bundle it is. */
+static void put_row(const job *j, int64_t r, int64_t bundle) {
+    const uint64_t *bits = j->bits + r * j->words, *starts = j->starts + bundle * j->words;
+    int32_t before = j->offset[bundle] - 1, run = 0;
+    int64_t begin = 0;
+    for (int64_t k = 1; k < j->words - 1; ++k) {
+        uint64_t changes = bits[k] ^ (bits[k] << 1 | bits[k - 1] >> 63);
+        for (; changes; changes &= changes - 1) {
+            int64_t at = (k - 1) * 64 + __builtin_ctzll(changes);
+            uint64_t upto = changes ^ (changes - 1);
+            if (bits[k] & upto & ~(upto >> 1)) {
+                begin = at;
+                run = before + __builtin_popcountll(starts[k] & upto);
+            } else {
+                put(j, r, begin, at, run);
+            }
+        }
+        before += __builtin_popcountll(starts[k]);
+    }
+}
+
 static void paint(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const job *j = ctx;
     int64_t h = j->shape[1], w = j->shape[2];
-    uint8_t *buffer = j->buffer + thread * w;
+    (void)thread;
     for (int64_t r = begin * h; r < end * h; ++r) {
         int64_t bundle = r / h / j->side * j->rows + r % h / j->side;
-        int32_t run = j->offset[bundle], last = j->offset[bundle + 1];
         if (j->labels) {
-            int32_t *restrict out = j->labels + r * w;
-            memset(out, 0, (size_t)w * sizeof *out);
-            const uint8_t *restrict m = run < last ? row_bytes(j, r * w, buffer) : buffer;
-            for (; run < last; ++run) {
-                int32_t label = j->size[run];
-                SS_SIMD
-                for (int64_t i = j->begin[run]; i < j->end[run]; ++i) {
-                    out[i] = m[i] ? label : 0;
-                }
-            }
+            memset(j->labels + r * w, 0, (size_t)w * sizeof *j->labels);
         } else {
-            uint8_t *out = j->kept + r * w;
-            memset(out, 0, (size_t)w);
-            for (; run < last; ++run) {
-                if (j->keep[j->parent[run]]) {
-                    memcpy(out + j->begin[run], j->image + r * w + j->begin[run],
-                           (size_t)(j->end[run] - j->begin[run]));
-                }
-            }
+            memset(j->kept + r * w, 0, (size_t)w);
+        }
+        int32_t run = j->offset[bundle], last = j->offset[bundle + 1];
+        if (run < last && !j->by_value) {
+            put_row(j, r, bundle);
+        }
+        for (; run < last && j->by_value; ++run) {
+            put(j, r, j->begin[run], j->end[run], run);
         }
     }
 }
