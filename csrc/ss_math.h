@@ -112,8 +112,8 @@ SS_FN float ss_exp2_bounded(float y) {
     return ss_bits_f32(ss_f32_bits(p) + (ss_f32_bits(t) << 23));
 }
 
-/* ln x for normal positive x, and nothing else: what p ln p with a floor under p needs. x = m 2^e with
- * m in [sqrt(1/2), sqrt 2); absolute error 1e-7 + 1e-7 |ln x|. */
+/* ln x for normal positive x, and nothing else: what p ln p with a floor under p needs. x = m 2^e
+ * with m in [sqrt(1/2), sqrt 2); absolute error 1e-7 + 1e-7 |ln x|. */
 SS_FN float ss_log_bounded(float x) {
     int32_t shifted = (int32_t)(ss_f32_bits(x) - 0x3f3504f3u);
     float m = ss_bits_f32((uint32_t)((shifted & 0x007fffff) + 0x3f3504f3));

@@ -880,9 +880,25 @@ def _passes(r: np.random.Generator, shape: tuple[int, ...], n: int = 8) -> list[
     return [_torch(4 * r.standard_normal(shape, np.float32)) for _ in range(n)]
 
 
+def _simplex32(r: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    p = r.random(shape, np.float32)
+    return p / p.sum(1, keepdims=True)
+
+
 def _fuse_maps(maps: list[Any]) -> tuple[Any, ...]:
     fused = _ours("fusion.fuse", maps, want=("mean", "uncertainty", "weight"))
     return fused.mean, fused.uncertainty, fused.weight
+
+
+def _masked_mse(data: Any) -> tuple[Any, Any]:
+    """UA-MT's consistency term: where 8 passes are sure, student against one teacher pass."""
+    passes, student, teacher = data
+    mask = _ours("fusion.mc_uncertainty", passes, 0.75, want=("mask",)).mask
+    z = student.detach().requires_grad_()
+    term = _ours("losses.Term", "mse", teacher, weight=mask, reduction="element")
+    loss = _ours("losses.voxel_loss", z, [term])
+    loss.backward()
+    return loss.detach(), z.grad
 
 
 SPEEDS += [
@@ -903,6 +919,16 @@ SPEEDS += [
         lambda z: 8 * z[0].nbytes + z[0].nbytes // 2,
         {"best": 6, "floor": 1.5},
         lambda a, b: float((a - b).abs().max()),
+    ),
+    Speed(
+        "uncertainty map T=8 + masked MSE fwd+bwd half LA batch",
+        lambda r: (_passes(r, _LA_HALF), *_passes(r, _LA_HALF, 1), _torch(_simplex32(r, _LA_HALF))),
+        _masked_mse,
+        ("uamt_torch", "uamt_compile"),
+        # The passes, the mask out and twice in, student and teacher twice each, the gradient.
+        lambda d: 8 * d[1].nbytes + 3 * d[1].nbytes // 2 + 5 * d[1].nbytes,
+        {"best": 7, "floor": 1.4},
+        _largest,
     ),
 ]
 

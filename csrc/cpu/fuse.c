@@ -24,6 +24,11 @@
 #include <immintrin.h>
 #endif
 
+/* With a dozen streams every block begins on pages that the hardware's prefetcher has not followed
+ * yet, so the same places of the next block are asked for here: all of it between strips of
+ * arithmetic where there is much, else only its head, from where the hardware takes over. */
+enum { STRIP = 64, HEAD = 192 };
+
 /* Sources that are added in one sweep over the sums. */
 #define GROUP 4
 
@@ -86,19 +91,16 @@ static void store_fence(void) {
 #endif
 }
 
-/* The head of the next block: with a dozen streams, each block begins on a page that the hardware's
- * prefetcher has not followed yet. It takes over from there (all lines at once would be slower). */
-static void prefetch_next(const plan *f, const ss_tensor *t, int64_t at) {
+/* Asks for n elements of a tensor from `at` on; past the end that does nothing. */
+static inline void prefetch(const ss_tensor *t, int64_t at, int64_t n) {
 #if defined(__GNUC__)
-    int64_t size = t->dtype == SS_F64 ? 8 : (t->dtype == SS_F32 ? 4 : 2);
-    for (int64_t c = 0; c < f->C; ++c) {
-        uintptr_t next = (uintptr_t)t->data + (uintptr_t)((at + f->n + c * f->V) * size);
-        for (uintptr_t line = 0; line < 12; ++line) {
-            __builtin_prefetch((const void *)(next + 64 * line), 0, 2);
-        }
+    const int64_t size = t->dtype == SS_F64 ? 8 : (t->dtype == SS_F32 ? 4 : 2);
+    const uintptr_t begin = (uintptr_t)t->data + (uintptr_t)(at * size);
+    for (uintptr_t byte = 0; byte < (uintptr_t)(n * size); byte += 64) {
+        __builtin_prefetch((const void *)(begin + byte), 0, 2);
     }
 #else
-    (void)f, (void)t, (void)at;
+    (void)t, (void)at, (void)n;
 #endif
 }
 

@@ -104,19 +104,38 @@ static void FN(softmax)(const plan *f, const ss_tensor *t, int64_t at, int64_t n
     }
 }
 
+/* One foreground row from one or two channels of logits. */
+static void FN(binary)(const plan *f, const ss_tensor *t, int64_t at, int64_t n, REAL *out,
+                       REAL *tmp) {
+    const int two = f->C == 2;
+    const REAL *z0 = REAL_LOAD(t, at, n, tmp);
+    const REAL *z1 = two ? REAL_LOAD(t, at + f->V, n, tmp + f->n) : NULL;
+    for (int64_t i = 0; i < n; i += STRIP) {
+        int64_t m = n - i < STRIP ? n - i : STRIP;
+        prefetch(t, at + f->n + i, m);
+        if (two) {
+            prefetch(t, at + f->V + f->n + i, m);
+            FN(softmax2)(m, z0 + i, z1 + i, out + i);
+        } else {
+            FN(sigmoid)(m, z0 + i, out + i);
+        }
+    }
+}
+
 /* Probabilities of one source: its own memory where possible, else rows of `out`. */
 static FN(rows)
     FN(load)(const plan *f, int64_t s, int64_t b, int64_t voxel, int64_t n, REAL *out, REAL *tmp) {
     const ss_tensor *t = &f->a->sources.at[s];
     int64_t at = b * f->C * f->V + voxel;
-    prefetch_next(f, t, at);
-    if (f->a->logits && f->C > 2) {
+    if (f->a->logits && f->C <= 2) {
+        FN(binary)(f, t, at, n, out, tmp);
+        return (FN(rows)){out, f->n};
+    }
+    for (int64_t c = 0; c < f->C; ++c) {
+        prefetch(t, at + c * f->V + f->n, HEAD < n ? HEAD : n);
+    }
+    if (f->a->logits) {
         FN(softmax)(f, t, at, n, out, tmp);
-    } else if (f->a->logits && f->C == 2) {
-        const REAL *z0 = REAL_LOAD(t, at, n, tmp);
-        FN(softmax2)(n, z0, REAL_LOAD(t, at + f->V, n, tmp + f->n), out);
-    } else if (f->a->logits) {
-        FN(sigmoid)(n, REAL_LOAD(t, at, n, tmp), out);
     } else if (t->dtype == REAL_DTYPE) {
         return (FN(rows)){(const REAL *)t->data + at, f->V};
     } else {
