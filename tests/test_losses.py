@@ -338,11 +338,21 @@ def test_a_sample_below_the_least_weight_is_left_out(kind):
     w[1] = 0.9e-3
     alone = L.uncertainty_weighted_loss(z[:1], q[:1], w[:1], loss=kind)
     torch.testing.assert_close(L.uncertainty_weighted_loss(z, q, w, loss=kind), alone)
-    torch.testing.assert_close(
-        *(L.uncertainty_weighted_loss(z, q, w * 0.1, loss=kind, min_weight=5e-2), alone)
-    )
+    w[1] = 1e-2
+    raised = L.uncertainty_weighted_loss(z, q, w, loss=kind, min_weight=5e-2)
+    torch.testing.assert_close(raised, alone)
     w[1] = 1.1e-3
     assert L.uncertainty_weighted_loss(z, q, w, loss=kind).item() != pytest.approx(alone.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mse", "ce", "ce_dice"])
+def test_ignored_voxels_do_not_count_as_weight(kind):
+    z, y = inputs((2, 3, 40, 40), 12, onehot=False)
+    alone = L.uncertainty_weighted_loss(z[:1], y[:1], loss=kind)
+    y[1] = 255
+    y[1, 0, 3, 4] = 1  # one voxel of 1600 is less than the least weight
+    torch.testing.assert_close(L.uncertainty_weighted_loss(z, y, loss=kind), alone)
+    assert L.uncertainty_weighted_loss(z, y, loss=kind, min_weight=1e-4).item() != pytest.approx(alone.item())
 
 
 def test_cross_pseudo_label_loss_is_cross_entropy_plus_dice():
