@@ -334,6 +334,7 @@ def _define_functions(torch: Any) -> None:
             return values
 
         @staticmethod
+        @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
         def backward(ctx: Any, grad: Any) -> Any:
             logits, stats, *arrays = ctx.saved_tensors
             dlogits = ops.voxel_loss_backward(

@@ -46,8 +46,8 @@ static ss_status check_weight(ss_exec *x, const vl_plan *p, const vl_term *t) {
     int64_t voxels = (t->last - t->first) * p->S;
     int64_t n = ss_count(&p->weights[t->weight]);
     if (n != voxels) {
-        return ss_fail(x, SS_INVALID, "weights[%d]: expected %lld values, got %lld",
-                       (int)t->weight, (long long)voxels, (long long)n);
+        return ss_fail(x, SS_INVALID, "weights[%d]: expected %lld values, got %lld", (int)t->weight,
+                       (long long)voxels, (long long)n);
     }
     return SS_OK;
 }
@@ -128,7 +128,8 @@ static ss_status make_plan(ss_exec *x, vl_plan *p, const ss_tensor *logits, cons
     p->n_terms = (int32_t)terms;
     int64_t row = VL_FIELDS + p->C;
     if (p->C > INT32_MAX / 2 || params->n != terms * row) {
-        return ss_fail(x, SS_INVALID, "params: expected %lld numbers for each of %lld terms, got %lld",
+        return ss_fail(x, SS_INVALID,
+                       "params: expected %lld numbers for each of %lld terms, got %lld",
                        (long long)row, (long long)terms, (long long)params->n);
     }
     if (p->activation == VL_SOFTMAX && p->C < 2) {
@@ -211,9 +212,8 @@ static void voxel_term(const vl_plan *p, const vl_term *t, const double *sums, d
                        const double *grad, double *by) {
     double factor = t->kind == VL_ENTROPY ? 1.0 / log((double)p->C) : 1.0;
     int binary = t->kind == VL_CE && p->activation == VL_SIGMOID;
-    if (t->reduction != VL_SUM &&
-        (t->reduction == VL_ELEMENT || binary ||
-         (t->reduction == VL_SAMPLE && t->kind == VL_MSE))) {
+    if (t->reduction != VL_SUM && (t->reduction == VL_ELEMENT || binary ||
+                                   (t->reduction == VL_SAMPLE && t->kind == VL_MSE))) {
         factor /= (double)p->C;
     }
     double all = 0.0;
@@ -240,8 +240,8 @@ static void voxel_term(const vl_plan *p, const vl_term *t, const double *sums, d
 
 ss_status SS_CPU(voxel_loss_forward)(ss_exec *x, const ss_voxel_loss_forward_args *a) {
     vl_plan p;
-    ss_status status = make_plan(x, &p, &a->logits, &a->targets, &a->weights, &a->params,
-                                 a->activation, a->terms);
+    ss_status status =
+        make_plan(x, &p, &a->logits, &a->targets, &a->weights, &a->params, a->activation, a->terms);
     if (status != SS_OK) {
         return status;
     }
@@ -261,8 +261,8 @@ ss_status SS_CPU(voxel_loss_forward)(ss_exec *x, const ss_voxel_loss_forward_arg
 
 ss_status SS_CPU(voxel_loss_backward)(ss_exec *x, const ss_voxel_loss_backward_args *a) {
     vl_plan p;
-    ss_status status = make_plan(x, &p, &a->logits, &a->targets, &a->weights, &a->params,
-                                 a->activation, a->terms);
+    ss_status status =
+        make_plan(x, &p, &a->logits, &a->targets, &a->weights, &a->params, a->activation, a->terms);
     if (status != SS_OK) {
         return status;
     }

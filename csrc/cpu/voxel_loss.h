@@ -3,8 +3,8 @@
  * voxel_loss.h: the plan that all voxel loss files share: terms as numbers, checked once per call.
  *
  * voxel_loss.c      plan, losses from sums, derivatives by the sums, the two operators
- * voxel_loss_sweep.h  one sweep over the voxels, forward or backward, for any sum of terms; compiled
- *                   in float (voxel_loss_f32.c) and in double (voxel_loss_f64.c, for float64 logits)
+ * voxel_loss_sweep.h  one sweep over the voxels, forward or backward, for any sum of terms;
+ * compiled in float (voxel_loss_f32.c) and in double (voxel_loss_f64.c, for float64 logits)
  * voxel_loss_fused.h  the same for cross entropy and Dice on hard labels, all in one loop (float)
  */
 #ifndef SS_CPU_VOXEL_LOSS_H

@@ -15,6 +15,13 @@
 #define VL_LOG ss_logf
 #define VL_NAME(name) SS_CPU(name##_f32)
 #define VL_STORE ss_store_f32
-#define VL_FUSED_FORWARD(k, sums) 0
-#define VL_FUSED_BACKWARD(k, by) 0
+#define VL_FUSED_FORWARD(k, sums) fused_forward(k, sums)
+#define VL_FUSED_BACKWARD(k, by) fused_backward(k, by)
+
+struct vl_block;
+static int fused_forward(struct vl_block *k, double *sums);
+static int fused_backward(struct vl_block *k, const double *by);
+
 #include "voxel_loss_sweep.h"
+
+#include "voxel_loss_fused.h"

@@ -302,13 +302,15 @@ static double weight_sum(int64_t n, const REAL *restrict m) {
 static void dice_sums(int64_t n, int squared, const REAL *restrict m, const REAL *restrict q,
                       const REAL *restrict p, double *out) {
     REAL si[SS_LANES] = {0}, sz[SS_LANES] = {0}, sy[SS_LANES] = {0}, sw[SS_LANES] = {0};
+    const REAL a = squared ? (REAL)1 : (REAL)0; /* v (a v + e) is v^2 or v, without a branch */
+    const REAL e = (REAL)1 - a;
     for (int64_t i = 0; i < n; i += SS_LANES) {
         VL_SIMD
         for (int l = 0; l < SS_LANES; ++l) {
             REAL w = m[i + l], t = q[i + l], v = p[i + l];
             si[l] += w * (t * v);
-            sz[l] += w * (squared ? v * v : v);
-            sy[l] += w * (squared ? t * t : t);
+            sz[l] += w * (v * (a * v + e));
+            sy[l] += w * (t * (a * t + e));
             sw[l] += w;
         }
     }
