@@ -3,7 +3,8 @@
 
 `voxel_loss` is the engine: a list of `Term`s (cross entropy, Dice, squared error, Kullback-Leibler
 divergence, entropy), each on all or some samples of the batch, with or without voxel weights. One-hot
-labels and probabilities are never stored.
+labels and probabilities are never stored. Below it are the losses by name, in the calling form of MONAI
+and torch: functions that make such a list, and modules that keep a function's arguments.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import inspect
 import itertools
 import math
@@ -992,3 +993,9 @@ def test_labels_of_unlabeled_samples_are_no_argument():
     ):
         L.ssl_objective(z, torch.cat([labels, labels]), pseudo, w)
     assert torch.equal(L.ssl_objective(z, labels, pseudo, w), before)
+
+
+def test_examples():
+    result = doctest.testmod(L)
+    assert result.attempted >= 40
+    assert result.failed == 0
