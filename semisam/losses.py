@@ -3,7 +3,8 @@
 
 `voxel_loss` is the engine: a list of `Term`s (cross entropy, Dice, squared error, Kullback-Leibler
 divergence, entropy), each on all or some samples of the batch, with or without voxel weights. One-hot
-labels and probabilities are never stored.
+labels and probabilities are never stored. Below it are the losses by name, in the calling form of MONAI
+and torch: functions that make such a list, and modules that keep a function's arguments.
 """
 
 from __future__ import annotations
@@ -877,13 +878,14 @@ def _indices(name: str, argument: str, target: Any) -> Any:
     if not _is_floating(target):
         return target
     tensor = torch.as_tensor(target)
-    labels = tensor.to(torch.int32)
+    labels = tensor.to(torch.int16)
     whole = labels == tensor
-    if not torch.compiler.is_compiling() and not bool(whole.all()):
+    if torch.compiler.is_compiling():
+        # Nothing can be raised here; the engine refuses this label.
+        return torch.where(whole, labels, torch.iinfo(torch.int16).min)
+    if not bool(whole.all()):
         bad = tensor[~whole][0].item()
         raise ValueError(f"{name}(): {argument}: expected whole class indices, got {bad}")
-    # Inside torch.compile nothing can be raised here; the engine refuses this label.
-    labels = torch.where(whole, labels, torch.iinfo(torch.int32).min)
     return labels if isinstance(target, torch.Tensor) else labels.numpy()
 
 
@@ -948,7 +950,9 @@ def _check_binary(name: str, target: Any) -> None:
     """Refuse an integer one-hot target that holds class indices; one cheap pass, on the CPU only."""
     if torch.compiler.is_compiling() or str(target.dtype) in ("torch.bool", "bool") or _on_gpu(target):
         return
-    low, high = int(target.min()), int(target.max())
+    tensor = torch.as_tensor(target)
+    wide = tensor.dtype in (torch.uint16, torch.uint32, torch.uint64)  # which torch only converts
+    low, high = map(int, (tensor.to(torch.int64) if wide else tensor).aminmax())
     if low < 0 or high > 1:
         raise ValueError(
             f"{name}(): target: expected a one-hot target of 0 and 1, got values {low} to {high}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import inspect
 import itertools
 import math
@@ -338,8 +339,21 @@ def test_a_sample_below_the_least_weight_is_left_out(kind):
     w[1] = 0.9e-3
     alone = L.uncertainty_weighted_loss(z[:1], q[:1], w[:1], loss=kind)
     torch.testing.assert_close(L.uncertainty_weighted_loss(z, q, w, loss=kind), alone)
+    w[1] = 1e-2
+    raised = L.uncertainty_weighted_loss(z, q, w, loss=kind, min_weight=5e-2)
+    torch.testing.assert_close(raised, alone)
     w[1] = 1.1e-3
     assert L.uncertainty_weighted_loss(z, q, w, loss=kind).item() != pytest.approx(alone.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mse", "ce", "ce_dice"])
+def test_ignored_voxels_do_not_count_as_weight(kind):
+    z, y = inputs((2, 3, 40, 40), 12, onehot=False)
+    alone = L.uncertainty_weighted_loss(z[:1], y[:1], loss=kind)
+    y[1] = 255
+    y[1, 0, 3, 4] = 1  # one voxel of 1600 is less than the least weight
+    torch.testing.assert_close(L.uncertainty_weighted_loss(z, y, loss=kind), alone)
+    assert L.uncertainty_weighted_loss(z, y, loss=kind, min_weight=1e-4).item() != pytest.approx(alone.item())
 
 
 def test_cross_pseudo_label_loss_is_cross_entropy_plus_dice():
@@ -741,23 +755,30 @@ def test_numpy():
         np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.uint16, torch.int16, torch.int64, torch.float32, torch.float16]
+)
 def test_labels_of_any_dtype_with_and_without_channel(dtype):
     z, y = inputs((2, 3, 5, 6), 16, onehot=False)
     loss = L.DiceCELoss(to_onehot_y=True, softmax=True)
     expected = loss(z, y)
     assert torch.equal(loss(z, y.to(dtype)), expected)
     assert torch.equal(loss(z, y[:, 0].to(dtype)), expected)
+    onehot = F.one_hot(y[:, 0], 3).movedim(-1, 1)
+    dice = L.DiceLoss(softmax=True)
+    torch.testing.assert_close(dice(z, onehot.to(dtype)), dice(z, onehot))
 
 
 def test_voxel_weight_zero_is_as_if_the_voxel_were_not_there():
     z, y = inputs((1, 3, 6, 6), 17, onehot=False)
     w = torch.ones(1, 6, 6)
     w[:, 4:] = 0
+    k = torch.arange(3).reshape(1, 3, 1, 1)
     for call in (
         lambda a, b, c: L.dice_loss(a, b, to_onehot_y=True, softmax=True, voxel_weight=c),
         lambda a, b, c: L.dice_ce_loss(a, b, to_onehot_y=True, softmax=True, voxel_weight=c),
         lambda a, b, c: L.dice_loss(a.softmax(1), (b + a.abs()) / 9, soft_label=True, voxel_weight=c),
+        lambda a, b, c: L.dice_loss(a, (b == k).float(), softmax=True, ignore_index=1, voxel_weight=c),
         lambda a, b, c: L.cross_entropy(a, b, voxel_weight=c),
         lambda a, b, c: L.dice_ce_loss(a[:, :1], b.clamp(max=1), sigmoid=True, weight=3.0, voxel_weight=c),
         lambda a, b, c: L.entropy_loss(a, voxel_weight=c),
@@ -972,3 +993,9 @@ def test_labels_of_unlabeled_samples_are_no_argument():
     ):
         L.ssl_objective(z, torch.cat([labels, labels]), pseudo, w)
     assert torch.equal(L.ssl_objective(z, labels, pseudo, w), before)
+
+
+def test_examples():
+    result = doctest.testmod(L)
+    assert result.attempted >= 40
+    assert result.failed == 0
