@@ -207,6 +207,7 @@ def test_torch_and_integer_dtypes(rng):
 def test_large_enough_for_several_threads(rng):
     """Problems above the grain run as a team: equal bits, also when the team is larger than the machine."""
     image, seeds, prior = problem(rng, 30, 60, 70)
+    seeds[:, :, 1:] = 0  # nearly everything is free
     inputs = (image[None], seeds[None], prior[None], 1, 0.05, 90.0, [], 1e-5, 500)
     expected = None
     for threads in (1, 2, 3, 5):
