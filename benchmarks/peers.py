@@ -378,7 +378,7 @@ def dice_monai(data):
 
 def random_walker_skimage_cg_j(data):
     """scikit-image's Jacobi mode at its default tolerance (1e-3). It has no prior: seeds alone."""
-    segmentation = importlib.import_module("skimage.segmentation")
+    segmentation = _package("skimage.segmentation")
     image, seeds = data["image"], data["seeds"]
     beta = 90 * 10 * float(image.std())  # it divides beta by 10 std
     full = segmentation.random_walker(image, seeds, beta=beta, mode="cg_j", return_full_prob=True)
@@ -387,8 +387,8 @@ def random_walker_skimage_cg_j(data):
 
 def random_walker_scipy_cg(data):
     """The same system and preconditioner as a sparse matrix over the free voxels in SciPy, float64."""
-    sparse = importlib.import_module("scipy.sparse")
-    linalg = importlib.import_module("scipy.sparse.linalg")
+    sparse = _package("scipy.sparse")
+    linalg = _package("scipy.sparse.linalg")
     image, seeds, prior, gamma = data["image"], data["seeds"], data["prior"], data["gamma"]
     free = np.flatnonzero(seeds == 0)
     number = np.full(image.size, -1)
@@ -418,3 +418,20 @@ def random_walker_scipy_cg(data):
     x = fixed.astype(np.float32)
     x[free], _ = linalg.cg(off + sparse.diags(diagonal), right, prior.ravel()[free], rtol=1e-4, M=jacobi)
     return x.reshape(image.shape)
+
+
+def geodesic_scipy_dijkstra(data):
+    """The same steps as a sparse graph in SciPy's Dijkstra, float64."""
+    sparse = _package("scipy.sparse")
+    image, mask = data["image"], data["mask"]
+    grid = np.arange(image.size).reshape(image.shape)
+    rows, columns, steps = [], [], []
+    for axis in range(image.ndim):
+        rows.append(grid.take(range(image.shape[axis] - 1), axis).ravel())
+        columns.append(grid.take(range(1, image.shape[axis]), axis).ravel())
+        steps.append(np.hypot(1.0, data["weight"] * np.diff(image, axis=axis)).ravel())
+    ends = (np.concatenate(rows), np.concatenate(columns))
+    graph = sparse.csr_matrix((np.concatenate(steps), ends), (image.size, image.size))
+    find = _package("scipy.sparse.csgraph").dijkstra
+    d = find(graph, directed=False, indices=np.flatnonzero(mask), min_only=True)
+    return d.reshape(image.shape).astype(np.float32)

@@ -285,7 +285,7 @@ def click_seeds(
     radius: float = 2.0,
     colour_weight: float = 0.5,
     geodesic_weight: float = 4.0,
-    edge_weight: float = 10.0,
+    edge_weight: float = 30.0,
     spatial_dims: int | None = None,
 ) -> tuple[Any, Any]:
     """Return (seeds, prior) for `random_walker` from clicks, and perhaps a box around the target.
@@ -406,7 +406,7 @@ def click_prompt(
     beta: float = 90.0,
     colour_weight: float = 0.5,
     geodesic_weight: float = 4.0,
-    edge_weight: float = 10.0,
+    edge_weight: float = 30.0,
     sigma: float = 0.5,
     spacing: Sequence[float] | None = None,
     tol: float = 1e-4,

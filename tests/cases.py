@@ -1182,3 +1182,26 @@ SPEEDS += [
         {},
     ),
 ]
+
+
+def _geodesic_problem(r: np.random.Generator, *space: int) -> dict[str, Any]:
+    """A noisy image and a ball of radius 2 in its middle: the distances that a click needs."""
+    ndimage = importlib.import_module("scipy.ndimage")
+    image = ndimage.gaussian_filter(r.standard_normal(space), 1).astype(np.float32)
+    away = np.indices(space) - np.array([n // 2 for n in space]).reshape(-1, 1, 1, 1)
+    return {"image": image, "mask": (away**2).sum(0) <= 4, "weight": 30.0}
+
+
+SPEEDS += [
+    Speed(
+        f"geodesic distance, {name} voxels",
+        partial(lambda space, r: _geodesic_problem(r, *space), space),
+        lambda d: _ours("random_walk.geodesic", d["image"], d["mask"], weight=d["weight"]),
+        ("geodesic_scipy_dijkstra",),
+        lambda d: 9 * d["image"].size,
+        {},
+        lambda a, b: float(np.abs(a - b).max() / b.max()),
+        3,
+    )
+    for name, space in (("62 k", (35, 51, 35)), ("225 k", (90, 70, 36)))
+]

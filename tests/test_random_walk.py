@@ -12,10 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from scipy.sparse.csgraph import dijkstra as shortest
 from scipy.sparse.linalg import spsolve
 
 from semisam import ops
-from semisam.random_walk import mask_prompt, mask_seeds, random_walker, standardize
+from semisam.random_walk import (
+    click_prompt,
+    click_seeds,
+    geodesic,
+    mask_prompt,
+    mask_seeds,
+    random_walker,
+    standardize,
+)
 
 
 def direct(image, seeds, prior=None, gamma=0.0, *, beta=90.0, spacing=None):
@@ -198,6 +207,7 @@ def test_torch_and_integer_dtypes(rng):
 def test_large_enough_for_several_threads(rng):
     """Problems above the grain run as a team: equal bits, also when the team is larger than the machine."""
     image, seeds, prior = problem(rng, 30, 60, 70)
+    seeds[:, :, 1:] = 0  # nearly everything is free
     inputs = (image[None], seeds[None], prior[None], 1, 0.05, 90.0, [], 1e-5, 500)
     expected = None
     for threads in (1, 2, 3, 5):
@@ -440,3 +450,169 @@ def test_mask_prompt_on_left_atrium(rng, la_case):
     assert after > 0.75
     eroded = ndimage.binary_erosion(label)
     assert dice(mask_prompt(image, eroded) > 0.5, label) > 0.75
+
+
+# ---- geodesic distances and clicks --------------------------------------------------------------
+
+
+def dijkstra(image, mask, weight, spacing):
+    """The same graph in SciPy's Dijkstra, float64."""
+    number = np.arange(image.size).reshape(image.shape)
+    rows, columns, steps = [], [], []
+    for axis in range(image.ndim):
+        rows.append(np.delete(number, -1, axis).ravel())
+        columns.append(np.delete(number, 0, axis).ravel())
+        steps.append(np.hypot(spacing[axis], weight * np.diff(image.astype(np.float64), axis=axis)).ravel())
+    graph = sp.csr_matrix(
+        (np.concatenate(steps), (np.concatenate(rows), np.concatenate(columns))), (image.size, image.size)
+    )
+    sources = np.flatnonzero(mask)
+    d = shortest(graph, directed=False, indices=sources, min_only=True)
+    return d.reshape(image.shape)
+
+
+@pytest.mark.parametrize("shape", [(9, 14, 37), (1, 20, 1), (30, 41), (6, 1, 50)])
+@pytest.mark.parametrize("weight", [0.0, 3.0, 100.0])
+def test_geodesic_is_exact(rng, shape, weight):
+    """White noise makes paths winding: a fixed number of sweeps would not do."""
+    image = rng.standard_normal(shape).astype(np.float32)
+    mask = np.zeros(shape, bool)
+    mask.flat[[3, image.size // 2]] = True
+    spacing = (1.0, 0.5, 2.0)[: len(shape)]
+    expected = dijkstra(image, mask, weight, spacing)
+    # Float sums of up to a few hundred steps, each rounded to 6e-8 of the sum.
+    np.testing.assert_allclose(geodesic(image, mask, weight=weight, spacing=spacing), expected, rtol=2e-5)
+
+
+def test_geodesic_in_a_spiral():
+    """A corridor that winds through walls of height 1e3: the way along it, counted by hand."""
+    walls = np.zeros((9, 9), np.float32)
+    walls[1::4, :8] = 1e3
+    walls[3::4, 1:] = 1e3
+    mask = np.zeros((9, 9), bool)
+    mask[0, 0] = True
+    # Four switchbacks of 8 steps along a row and 2 down, then 8 along the last row.
+    assert geodesic(walls, mask, weight=1.0)[8, 8] == 4 * (8 + 2) + 8
+
+
+def test_geodesic_without_marks_and_with_nan(rng):
+    image = np.zeros((2, 4, 5), np.float32)
+    mask = np.zeros((2, 3, 4, 5), bool)
+    mask[:, 0, 0, 0] = True
+    image[1, :, 2] = np.nan
+    d = geodesic(image, mask, spatial_dims=2)
+    assert np.isinf(d[:, 1:]).all()
+    assert np.array_equal(d[0, 0], np.add.outer(np.arange(4), np.arange(5)))
+    assert np.isinf(d[1, 0, :, 2:]).all()
+    assert np.isfinite(d[1, 0, :, :2]).all()
+    assert torch.equal(
+        geodesic(torch.from_numpy(image), torch.from_numpy(mask), spatial_dims=2), torch.from_numpy(d)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (
+            {"mask": np.zeros((2, 3), bool)},
+            ValueError,
+            r"mask: expected shape \('...', 4, 5\) .* got \(2, 3\)",
+        ),
+        ({"mask": np.zeros((4, 5))}, TypeError, r"mask: expected dtype bool, u8, got f64"),
+        ({"weight": -1.0}, ValueError, r"weight: expected a number from 0 to 1e\+06, got -1"),
+        ({"spacing": (1, -1)}, ValueError, r"spacing: expected 2 positive numbers"),
+        ({"spacing": (1, 1e10)}, ValueError, r"spacing: expected numbers from 1e-9 to 1e9, got 1e\+10"),
+    ],
+)
+def test_geodesic_bad_input(change, kind, message):
+    arguments = {"image": np.zeros((4, 5)), "mask": np.eye(4, 5, dtype=bool), **change}
+    with pytest.raises(kind, match=r"geodesic\(\): " + message):
+        geodesic(**arguments)
+    image, mask = np.zeros((1, 1, 4, 5)), np.zeros((2, 1, 4, 5), bool)
+    with pytest.raises(ValueError, match=r"mask: expected 1 x 1 problems \(images x classes\), got 2"):
+        ops.call("geodesic", image, mask, 1, 1.0, [])
+
+
+def test_click_seeds_by_hand():
+    """Balls of radius 2, the later one on top, each click on its own voxel; -1 is no click."""
+    image = np.zeros((1, 14))
+    points = np.array([[0, 3], [0, 9], [0, 0], [0, 5]])
+    seeds, prior = click_seeds(image, points, np.array([1, 0, -1, 0]))
+    assert "".join(map(str, seeds[0])) == "0111" + "22222222" + "00"
+    assert prior[0, 1] > 0.9
+    assert prior[0, 9] < 0.1
+    only, flat = click_seeds(image, points, np.array([1, -1, -1, -1]))
+    assert (only[0] == [0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]).all()
+    assert (flat > 0.95).all()  # nothing speaks for background
+    none, even = click_seeds(image, points, np.full(4, -1))
+    assert not none.any()
+    assert (even == 0.5).all()
+
+
+def test_click_seeds_box(rng):
+    """A box of 10 grows by 1 + 4 at either side; clicks win over its outside."""
+    image = rng.standard_normal((40, 50)).astype(np.float32)
+    points, labels = np.array([[15, 20], [1, 1]]), np.array([1, 1])
+    seeds, _ = click_seeds(image, points, labels, box=np.array([[10, 15], [19, 24]]))
+    inside = np.zeros(image.shape, bool)
+    inside[5:25, 10:30] = True
+    assert (seeds[~inside] != 0).all()
+    assert (seeds[inside] != 2).all()
+    assert seeds[1, 1] == 1
+    assert seeds[39, 49] == 2
+
+
+def test_clicks_bad_input():
+    image, points, labels = np.zeros((9, 9)), np.array([[1, 1], [2, 9]]), np.array([1, 0])
+    with pytest.raises(
+        ValueError, match=r"click_seeds\(\): points: expected voxels of \(9, 9\), got \[2, 9\]"
+    ):
+        click_seeds(image, points, labels)
+    with pytest.raises(ValueError, match=r"click_seeds\(\): labels: expected 1, 0 or -1 \(padding\), got 2"):
+        click_seeds(image, points, labels * 2)
+    with pytest.raises(ValueError, match=r"click_seeds\(\): labels: expected shape \(2,\), .* got \(1,\)"):
+        click_seeds(image, points, labels[:1])
+    with pytest.raises(ValueError, match=r"click_seeds\(\): points: expected shape .* got \(2, 3\)"):
+        click_seeds(image, np.zeros((2, 3)), labels)
+    with pytest.raises(ValueError, match=r"click_seeds\(\): box: expected shape \(2, 2\), got \(4,\)"):
+        click_seeds(image, points // 2, labels, box=np.zeros(4))
+    with pytest.raises(ValueError, match=r"mask_prompt\(\): labels: expected shape \(2,\), .* got None"):
+        mask_prompt(image, image > 0, points=points // 2)
+    with pytest.raises(ValueError, match=r"mask_prompt\(\): labels: expected shape \('K',\), got \(2, 2\)"):
+        mask_prompt(image, image > 0, points=np.zeros((2, 2, 2)), labels=np.ones((2, 2)))
+
+
+def test_clicks_win_over_the_mask(rng):
+    image = rng.standard_normal((30, 40)).astype(np.float32)
+    mask = np.zeros(image.shape, bool)
+    mask[5:25, 5:25] = True
+    points, labels = np.array([[15, 15], [15, 38]]), np.array([0, 1])
+    x = mask_prompt(image, mask, points=points, labels=labels)
+    assert x[15, 15] == x[13, 15] == 0
+    assert x[15, 38] == x[17, 38] == 1
+    tensors = mask_prompt(
+        *map(torch.from_numpy, (image, mask)), points=torch.from_numpy(points), labels=labels
+    )
+    assert torch.equal(tensors, torch.from_numpy(x))
+
+
+def test_click_prompt_of_classes_equals_single_calls(rng):
+    image = rng.standard_normal((2, 8, 20, 24)).astype(np.float32)
+    points = rng.integers(0, 8, (2, 3, 4, 3))
+    labels = rng.integers(-1, 2, (2, 3, 4))
+    labels[..., 0], labels[..., 1] = 1, 0
+    got = click_prompt(image, points, labels)
+    assert got.shape == (2, 3, 8, 20, 24)
+    assert np.array_equal(got[1, 2], click_prompt(image[1], points[1, 2], labels[1, 2]))
+
+
+def test_click_prompt_on_left_atrium(la_case):
+    """One click in the middle of the atrium and its box find most of it."""
+    image, truth = la_case[0][::2, ::2, ::2], la_case[1][::2, ::2, ::2] > 0
+    depth = ndimage.distance_transform_edt(truth)
+    middle = np.array([np.unravel_index(depth.argmax(), depth.shape)])
+    voxels = np.argwhere(truth)
+    box = np.stack([voxels.min(0), voxels.max(0)])
+    x, info = click_prompt(image, middle, np.array([1]), box=box, return_info=True)
+    print(f"left atrium, one click and a box: Dice {dice(x > 0.5, truth):.3f}, {info.iterations} iterations")
+    assert dice(x > 0.5, truth) > 0.6

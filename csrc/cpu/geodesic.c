@@ -4,14 +4,15 @@
  *
  *     d(i) = min over paths of sum over steps of sqrt(h_axis^2 + (weight (I_i - I_j))^2)
  *
- * Sweeps forward and backward until nothing changes, which is the exact minimum: a length is the
- * float sum of its steps from the marked voxel on, float addition is monotone, so every order of
- * relaxation ends at the same bits. No marked voxel or no way: +inf; NaN steps cannot be passed.
+ * Sweeps forward and backward over the rows whose surroundings have changed, until there are none:
+ * the exact minimum. A length is the float sum of its steps from the marked voxel on and float
+ * addition is monotone, so every order of relaxation ends at the same bits. No marked voxel or no
+ * way: +inf; NaN steps cannot be passed.
  *
- * Memory: three step lengths (12 bytes) and the distance per voxel; a sweep reads 16 and writes 4.
- * Between rows a sweep works in lanes; along a row, where each voxel waits for the one before, it
- * does not. The number of sweeps is that of the turns of the most winding shortest path: few in
- * scans, at most the number of voxels. Threads take whole problems.
+ * Memory: three step lengths (12 bytes) and the distance per voxel; a row costs 36 bytes per voxel
+ * to relax. Between rows that runs in lanes; along a row, where each voxel waits for the one
+ * before, it does not. There are as many sweeps as the most winding shortest path has turns: tens
+ * in scans, with fewer and fewer rows; at most the number of voxels. Threads take whole problems.
  */
 #include "lanes.h"
 
@@ -26,6 +27,7 @@ typedef struct field {
     float *d;       /* the output */
     float *step[3]; /* to the next voxel along z, y, x */
     const float *image;
+    uint8_t *due; /* rows to look at again */
 } field;
 
 static void fill_steps(const job *j, field *f) {
@@ -72,28 +74,45 @@ static int32_t relax_along(float *d, const float *step, int64_t n) {
     return changed;
 }
 
-/* One pass over all rows, forward or backward; each takes from the rows that came before it. */
+/* Takes what the four rows around offer, then makes the row consistent; 1 if it became shorter. */
+static int32_t relax_row(const field *f, int64_t row) {
+    const int64_t z = row / f->H, y = row % f->H;
+    const int64_t at = row * f->W, plane = f->H * f->W;
+    float *d = f->d + at;
+    int32_t changed = 0;
+    if (z > 0) {
+        changed |= relax_rows(d, d - plane, f->step[0] + at - plane, f->W);
+    }
+    if (y > 0) {
+        changed |= relax_rows(d, d - f->W, f->step[1] + at - f->W, f->W);
+    }
+    if (y + 1 < f->H) {
+        changed |= relax_rows(d, d + f->W, f->step[1] + at, f->W);
+    }
+    if (z + 1 < f->D) {
+        changed |= relax_rows(d, d + plane, f->step[0] + at, f->W);
+    }
+    return changed | relax_along(d, f->step[2] + at, f->W);
+}
+
+/* One pass over the rows whose surroundings have changed, forward or backward. */
 static int32_t sweep(const field *f, int32_t backward) {
     const int64_t rows = f->D * f->H;
     int32_t changed = 0;
     for (int64_t n = 0; n < rows; ++n) {
         const int64_t row = backward ? rows - 1 - n : n;
-        const int64_t z = row / f->H, y = row % f->H;
-        const int64_t at = row * f->W, plane = f->H * f->W;
-        float *d = f->d + at;
-        if (!backward && z > 0) {
-            changed |= relax_rows(d, d - plane, f->step[0] + at - plane, f->W);
+        if (!f->due[row]) {
+            continue;
         }
-        if (!backward && y > 0) {
-            changed |= relax_rows(d, d - f->W, f->step[1] + at - f->W, f->W);
+        f->due[row] = 0;
+        if (relax_row(f, row)) {
+            const int64_t y = row % f->H;
+            changed = 1;
+            f->due[row >= f->H ? row - f->H : row] = 1;
+            f->due[y > 0 ? row - 1 : row] = 1;
+            f->due[y + 1 < f->H ? row + 1 : row] = 1;
+            f->due[row + f->H < rows ? row + f->H : row] = 1;
         }
-        if (backward && z + 1 < f->D) {
-            changed |= relax_rows(d, d + plane, f->step[0] + at, f->W);
-        }
-        if (backward && y + 1 < f->H) {
-            changed |= relax_rows(d, d + f->W, f->step[1] + at, f->W);
-        }
-        changed |= relax_along(d, f->step[2] + at, f->W);
     }
     return changed;
 }
@@ -104,7 +123,7 @@ static ss_status run_problem(ss_exec *x, const job *j, int64_t n) {
     const int64_t length = (space + 15) / 16 * 16;
     const uint8_t *restrict mask = (const uint8_t *)j->a->mask.data + n * space;
     float *restrict d = (float *)j->a->distance.data + n * space;
-    float *scratch = ss_scratch(x, 4 * length, sizeof(float));
+    float *scratch = ss_scratch(x, 5 * length, sizeof(float));
     if (!scratch) {
         return SS_NO_MEMORY;
     }
@@ -113,7 +132,10 @@ static ss_status run_problem(ss_exec *x, const job *j, int64_t n) {
                shape[3],
                d,
                {scratch, scratch + length, scratch + 2 * length},
-               ss_load_f32(&j->a->image, n / j->a->classes * space, space, scratch + 3 * length)};
+               ss_load_f32(&j->a->image, n / j->a->classes * space, space, scratch + 3 * length),
+               NULL};
+    f.due = (uint8_t *)(scratch + 4 * length);
+    memset(f.due, 1, (size_t)(f.D * f.H));
     fill_steps(j, &f);
     int32_t any = 0;
     for (int64_t i = 0; i < space; ++i) {
