@@ -185,6 +185,16 @@ def test_ritm_means_the_largest_inscribed_ball_not_the_largest_volume():
     assert current[point]
 
 
+def test_a_wide_region_with_a_smaller_ball_does_not_win():
+    # FN: a full 3^3 cube, d2 = 4 in the middle. FP: in a larger box, the same cube without a corner, d2 = 3.
+    target, current = np.zeros((2, 30, 30, 30), bool)
+    target[1:4, 1:4, 1:4] = True
+    current[10:13, 10:13, 10:13] = True
+    current[12, 12, 12] = False
+    current[17, 17, 17] = True
+    assert click(target, current) == ((2, 2, 2), 1)
+
+
 def test_equal_balls_give_a_negative_click():
     target, current = np.zeros((2, 9, 20), bool)
     target[2:5, 2:5] = True
