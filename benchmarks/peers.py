@@ -8,9 +8,13 @@ descriptions in the way that training scripts usually write them.
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+_package = importlib.import_module  # inside the functions: a peer may be missing
 
 # ---- prompts ------------------------------------------------------------------------------------
 
@@ -35,14 +39,14 @@ def _errors(masks):
 
 def ritm_published(masks):
     """As SAM-Med3D's training does it: the edt package on padded error masks, argwhere, a draw."""
-    import edt  # noqa: PLC0415
+    edt = _package("edt")
 
     threads = torch.get_num_threads()
     return _ritm(_errors(masks), lambda e: edt.edt(e, black_border=True, parallel=threads))
 
 
 def ritm_scipy(masks):
-    from scipy.ndimage import distance_transform_edt  # noqa: PLC0415
+    distance_transform_edt = _package("scipy.ndimage").distance_transform_edt
 
     return _ritm(_errors(masks), distance_transform_edt)
 
@@ -79,7 +83,7 @@ def boxes_published(masks):
 
 
 def boxes_monai(masks):
-    from monai.transforms.utils import generate_spatial_bounding_box  # noqa: PLC0415
+    generate_spatial_bounding_box = _package("monai.transforms.utils").generate_spatial_bounding_box
 
     return [generate_spatial_bounding_box(mask, lambda v: v > 0) for mask in masks]
 
@@ -105,6 +109,37 @@ def targets_torch(prob):
 # ---- fusion -------------------------------------------------------------------------------------
 
 # ---- distances and components -------------------------------------------------------------------
+
+
+def edt_edt(mask):
+    # One thread where torch has one: its own default is one as well.
+    return _package("edt").edt(mask, parallel=torch.get_num_threads())
+
+
+def edt_scipy(mask):
+    return _package("scipy.ndimage").distance_transform_edt(mask)
+
+
+def components_cc3d_26(mask):
+    return _package("cc3d").connected_components(mask, connectivity=26)
+
+
+def components_cc3d_6(mask):
+    return _package("cc3d").connected_components(mask, connectivity=6)
+
+
+def components_scipy(mask):
+    return _package("scipy.ndimage").label(mask, np.ones((3, 3, 3)))[0]
+
+
+def largest_component_cc3d(mask):
+    return _package("cc3d").largest_k(mask, k=1, connectivity=26)
+
+
+def largest_component_published(mask):
+    labels = _package("skimage.measure").label(mask)
+    return labels == np.argmax(np.bincount(labels.flat)[1:]) + 1
+
 
 # ---- metrics ------------------------------------------------------------------------------------
 

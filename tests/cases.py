@@ -10,8 +10,10 @@ cast inputs in float64, so a tolerance measures the kernel alone.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,58 @@ CASES += [
 # ---- fusion -------------------------------------------------------------------------------------
 
 # ---- distances and components -------------------------------------------------------------------
+
+_ONE_ROUNDING = "squares are exact integers: the root and the store round once each"
+_ROUNDINGS = "three roundings of the squares in float32, one of the root"
+
+
+def _mask(rng: np.random.Generator, p: float, *shape: int) -> np.ndarray:
+    return rng.random(shape) < p
+
+
+def _slit(*shape: int) -> np.ndarray:
+    """Foreground everywhere but in one voxel of a corner: far from everything."""
+    m = np.ones(shape, np.uint8)
+    m[:, 0, 0, 0] = 0
+    return m
+
+
+CASES += [
+    Case("edt", "noise", lambda r: (_mask(r, 0.9, 2, 9, 12, 17), [], 0, 1, 1), ()),
+    Case("edt", "wide", lambda r: (_mask(r, 0.97, 1, 5, 7, 70), [], 1, 1, 1), ()),
+    Case("edt", "far", lambda r: (_slit(1, 3, 4, 300), [], 0, 0, 1), (), 0.0, 1.2e-7, _ONE_ROUNDING),
+    Case("edt", "tall", lambda r: (_slit(1, 2, 250, 3), [], 0, 1, 0), ()),
+    Case("edt", "2d", lambda r: (_mask(r, 0.9, 3, 1, 20, 31).astype(np.uint8), [], 2, 1, 1), ()),
+    Case("edt", "no-background", lambda r: (np.ones((2, 3, 4, 5), bool), [], 0, 0, 1), ()),
+    Case(
+        "edt",
+        "spacing",
+        lambda r: (_mask(r, 0.95, 2, 9, 11, 13), [2.5, 0.7, 1.1], 1, 1, 0),
+        (),
+        0.0,
+        1.8e-7,
+        _ROUNDINGS,
+    ),
+    Case(
+        "edt",
+        "spacing-root",
+        lambda r: (_mask(r, 0.99, 1, 9, 11, 33), [0.3, 0.7, 1.1], 0, 0, 0),
+        (),
+        0.0,
+        1.8e-7,
+        _ROUNDINGS,
+    ),
+    Case("components", "6", lambda r: (_mask(r, 0.3, 2, 9, 10, 70), 6, 0), ()),
+    Case("components", "18", lambda r: (_mask(r, 0.15, 1, 9, 11, 20).astype(np.int64), 18, 0), ()),
+    Case("components", "26", lambda r: (_mask(r, 0.07, 2, 9, 11, 130).astype(np.uint8), 26, 0), ()),
+    Case("components", "2d", lambda r: (_mask(r, 0.3, 3, 1, 21, 33).astype(np.int16), 26, 0), ()),
+    Case("components", "values-6", lambda r: (r.integers(0, 3, (2, 5, 9, 20), np.int32), 6, 1), ()),
+    Case("components", "values-26", lambda r: (r.integers(0, 5, (1, 5, 9, 20)), 26, 1), ()),
+    Case("components", "slabs", lambda r: (_mask(r, 0.02, 1, 5, 130, 260), 26, 0), ()),
+    Case("keep_components", "largest-26", lambda r: (_mask(r, 0.08, 2, 9, 11, 70), 26, 0), ()),
+    Case("keep_components", "largest-6", lambda r: (_mask(r, 0.3, 1, 9, 11, 20) * np.uint8(7), 6, 0), ()),
+    Case("keep_components", "small-18", lambda r: (_mask(r, 0.15, 2, 9, 11, 20), 18, 4), ()),
+]
 
 # ---- metrics ------------------------------------------------------------------------------------
 
@@ -254,6 +308,115 @@ SPEEDS += [
 # ---- fusion -------------------------------------------------------------------------------------
 
 # ---- distances and components -------------------------------------------------------------------
+
+
+def _smooth(a: np.ndarray, steps: int) -> np.ndarray:
+    """Repeated averages of three with wrap-around, along every axis."""
+    for axis in range(a.ndim):
+        for _ in range(steps):
+            a = (np.roll(a, 1, axis) + a + np.roll(a, -1, axis)) / np.float32(3)
+    return a
+
+
+def organ(rng: np.random.Generator, shape: tuple[int, ...], fill: float) -> np.ndarray:
+    """One organ-like mask: an ellipsoid with a bumpy surface that fills a given part of the volume."""
+    bumps = rng.standard_normal([-(-n // 8) for n in shape]).astype(np.float32)
+    bumps = _smooth(bumps, 2)
+    bumps = _smooth(np.kron(bumps / bumps.std(), np.ones((8,) * len(shape), np.float32)), 6)
+    axes = [((np.arange(n, dtype=np.float32) + 0.5) * 2 / n - 1) ** 2 for n in shape]
+    radius = sum(np.meshgrid(*axes, indexing="ij", sparse=True))
+    level = 0.15 * bumps[tuple(slice(n) for n in shape)] - radius
+    return (level > np.quantile(level[::2, ::2, ::2], 1 - fill)).astype(np.uint8)
+
+
+def _atrium(rng: np.random.Generator) -> np.ndarray:
+    """The label of the first left atrium case; a synthetic organ of its size where data are absent."""
+    root = Path(os.environ.get("SEMISAM_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    try:
+        h5py = importlib.import_module("h5py")
+        with h5py.File(sorted((root / "la").glob("*/*/mri_norm2.h5"))[0]) as f:
+            return f["label"][()]
+    except (ImportError, IndexError):
+        return organ(rng, (183, 140, 88), 0.08)
+
+
+def _all_but_one(*shape: int) -> np.ndarray:
+    m = np.ones(shape, np.uint8)
+    m[tuple(n // 2 for n in shape)] = 0
+    return m
+
+
+def _edt_speed(
+    name: str, make: Inputs, targets: dict[str, float], repeat: int = 7, scipy: bool = True
+) -> Speed:
+    return Speed(
+        f"edt {name}",
+        make,
+        lambda m: _ours("masks.edt", m[None])[0],
+        ("edt_edt", "edt_scipy") if scipy else ("edt_edt",),
+        lambda m: 5 * m.size,
+        targets,
+        lambda a, b: float(np.abs(a - b).max()),
+        repeat,
+    )
+
+
+_FAST = {"edt_edt": 5, "floor": 2.5}
+_ORGAN = {**_FAST, "edt_scipy": 50}
+SPEEDS += [
+    _edt_speed("128^3, 8 % full", lambda r: organ(r, (128,) * 3, 0.08), _ORGAN, 7),
+    _edt_speed("128^3, 50 % full", lambda r: organ(r, (128,) * 3, 0.5), _ORGAN, 7),
+    _edt_speed("256^3, 8 % full", lambda r: organ(r, (256,) * 3, 0.08), _FAST, 3, False),
+    _edt_speed("512x512x200, 8 % full", lambda r: organ(r, (512, 512, 200), 0.08), _FAST, 3, False),
+    _edt_speed("128^3, all but one voxel", lambda r: _all_but_one(128, 128, 128), {"edt_edt": 2}),
+    _edt_speed("128^3, all but a corner", lambda r: _slit(1, 128, 128, 128)[0], {"edt_edt": 2}),
+    _edt_speed("128^3, noise 50 %", lambda r: _mask(r, 0.5, 128, 128, 128).view(np.uint8), {"edt_edt": 2}),
+]
+
+
+def _labels_speed(name: str, make: Inputs, target: float, floor: bool, connectivity: int = 26) -> Speed:
+    return Speed(
+        f"components {name}",
+        make,
+        lambda m: _ours("masks.components", m[None], connectivity)[0][0],
+        (f"components_cc3d_{connectivity}", "components_scipy")
+        if connectivity == 26
+        else ("components_cc3d_6",),
+        lambda m: 5 * m.size,
+        {f"components_cc3d_{connectivity}": target, **({"floor": 2.5} if floor else {})},
+        lambda a, b: float(a.max() != b.max()),
+    )
+
+
+def _largest_speed(name: str, make: Inputs) -> Speed:
+    return Speed(
+        f"largest component {name}",
+        make,
+        lambda m: _ours("masks.largest_component", m[None])[0],
+        ("largest_component_cc3d", "largest_component_published"),
+        lambda m: 2 * m.size,
+        {"best": 5},
+        lambda a, b: float(np.count_nonzero((a != 0) != (b != 0))),
+        5,
+    )
+
+
+def _specks(rng: np.random.Generator, n: int) -> np.ndarray:
+    """What a network predicts: an organ and a few hundred false voxels."""
+    return organ(rng, (n,) * 3, 0.08) | _mask(rng, 1e-4, n, n, n).view(np.uint8)
+
+
+SPEEDS += [
+    _labels_speed("LA", _atrium, 2, True),
+    _labels_speed("128^3", lambda r: _specks(r, 128), 2, True),
+    _labels_speed("256^3", lambda r: _specks(r, 256), 2, True),
+    _labels_speed("LA, 6 neighbours", _atrium, 2, True, 6),
+    _labels_speed("128^3, noise 30 %", lambda r: _mask(r, 0.3, 128, 128, 128).view(np.uint8), 1, False),
+    _labels_speed("128^3, noise 5 %", lambda r: _mask(r, 0.05, 128, 128, 128).view(np.uint8), 1, False),
+    _largest_speed("LA", _atrium),
+    _largest_speed("128^3", lambda r: _specks(r, 128)),
+    _largest_speed("256^3", lambda r: _specks(r, 256)),
+]
 
 # ---- metrics ------------------------------------------------------------------------------------
 

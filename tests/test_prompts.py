@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import data_dir
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage, stats
@@ -637,6 +637,7 @@ def _equal(a, b):
 
 
 @settings(max_examples=40, deadline=None)
+@example(1, 2049, 0, True, False)  # an image that the resizing makes one pixel high
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32), st.booleans(), st.booleans())
 def test_hf_round_trip(rows, columns, seed, keep_aspect, on_torch):
     rng = np.random.default_rng(seed)

@@ -49,7 +49,8 @@ typedef struct job {
     const facing *facing;
     int facings;
 
-    uint64_t *bits;
+    uint64_t *bits;        /* foreground, one row after the other */
+    uint64_t *starts;      /* the first column of every run of every bundle */
     uint8_t *buffer;       /* one row of bytes per thread */
     uint64_t *parts;       /* two rows of bits per thread */
     int32_t *offset;       /* of each bundle's first run; one more at the end */
@@ -119,21 +120,36 @@ static inline uint64_t pack8(const uint8_t *m) {
     return (v * 0x0102040810204080u) >> 56;
 }
 
+/* Up to 64 bytes to bits; most of a scan is background, which costs a look at each word. */
+static inline uint64_t pack64(const uint8_t *m, int64_t n) {
+    uint64_t v = 0, any = 0;
+    int64_t i = 0;
+    if (n == 64) {
+        for (int b = 0; b < 8; ++b) {
+            uint64_t word;
+            memcpy(&word, m + 8 * b, 8);
+            any |= word;
+        }
+        if (!any) {
+            return 0;
+        }
+    }
+    for (; i + 8 <= n; i += 8) {
+        v |= pack8(m + i) << i;
+    }
+    for (; i < n; ++i) {
+        v |= (uint64_t)(m[i] != 0) << i;
+    }
+    return v;
+}
+
 static void pack_row(const uint8_t *restrict m, int64_t n, uint64_t *restrict bits) {
     int64_t full = n / 64;
     for (int64_t k = 0; k < full; ++k) {
-        uint64_t v = 0;
-        for (int b = 0; b < 8; ++b) {
-            v |= pack8(m + 64 * k + 8 * b) << (8 * b);
-        }
-        bits[k] = v;
+        bits[k] = pack64(m + 64 * k, 64);
     }
     if (n % 64) {
-        uint64_t v = 0;
-        for (int64_t i = 64 * full; i < n; ++i) {
-            v |= (uint64_t)(m[i] != 0) << (i - 64 * full);
-        }
-        bits[full] = v;
+        bits[full] = pack64(m + 64 * full, n % 64);
     }
 }
 
@@ -210,9 +226,10 @@ static void count_runs(void *ctx, int64_t begin, int64_t end, int32_t thread) {
                 runs = count_values(j, (bz * j->rows + by) * j->shape[2]);
             } else {
                 const uint64_t *bits = bundle_bits(j, bz, by, j->side == 1 ? 1 : 15, part);
+                uint64_t *starts = j->starts + (bz * j->rows + by) * j->words;
                 for (int64_t k = 1; k < j->words - 1; ++k) {
-                    uint64_t starts = bits[k] & ~(bits[k] << 1 | bits[k - 1] >> 63);
-                    runs += __builtin_popcountll(starts);
+                    starts[k] = bits[k] & ~(bits[k] << 1 | bits[k - 1] >> 63);
+                    runs += __builtin_popcountll(starts[k]);
                 }
             }
             j->offset[bz * j->rows + by + 1] = (int32_t)runs;
@@ -302,59 +319,76 @@ static inline void join(int32_t *parent, int32_t a, int32_t b) {
     parent[a > b ? a : b] = a > b ? b : a;
 }
 
-/* Have columns [a0, a1) of `here` and [b0, b1) of `there` bits at most one column apart? */
-static int bits_meet(const uint64_t *here, int64_t a0, int64_t a1, const uint64_t *there,
-                     int64_t b0, int64_t b1) {
-    int64_t from = a0 > b0 - 1 ? a0 : b0 - 1;
-    int64_t to = a1 < b1 + 1 ? a1 : b1 + 1;
-    for (int64_t x = from; x < to; x += 62) { /* bit t of v and w: column x - 1 + t */
-        uint64_t v = bits_from(here, x - 1) & mask_below(to - x + 1) & ~(uint64_t)1;
-        uint64_t w = bits_from(there, x - 1) & mask_below(b1 - x + 1) & ~mask_below(b0 - x + 1);
-        if (v & 0x7fffffffffffffffu & (w | w << 1 | w >> 1)) {
-            return 1;
-        }
-    }
-    return 0;
-}
-
+/* Two bundles (numbers p and q): the rows of theirs that face each other, and how near is near. */
 typedef struct meeting {
     job *j;
     int reach;
-    const uint64_t *here, *there; /* of bundles with two rows a side */
-    int64_t row_a, row_b;         /* first voxels, for values */
+    int64_t p, q;
+    const uint64_t *here, *there;
 } meeting;
 
-static inline void meet(const meeting *m, int32_t a, int32_t b) {
-    job *j = m->j;
-    int64_t a0 = j->begin[a], a1 = j->end[a], b0 = j->begin[b], b1 = j->end[b];
-    if (a0 >= b1 + m->reach || b0 >= a1 + m->reach || j->parent[a] == j->parent[b]) {
-        return;
+/* Joins by bits. Runs that face each other in some column are joined in the first such column; runs
+ * that only touch diagonally where one ends and the other begins. A column's run is found by
+ * counting the starts up to it. */
+static void join_bits(const meeting *m) {
+    const job *j = m->j;
+    const uint64_t *a = m->here, *b = m->there;
+    const uint64_t *starts_a = j->starts + m->p * j->words, *starts_b = j->starts + m->q * j->words;
+    int32_t run_a = j->offset[m->p] - 1, run_b = j->offset[m->q] - 1;
+    for (int64_t k = 1; k < j->words - 1; ++k) {
+        uint64_t both = a[k] & b[k];
+        uint64_t a_before = a[k] << 1 | a[k - 1] >> 63, b_before = b[k] << 1 | b[k - 1] >> 63;
+        both &= ~(a_before & b_before);
+        for (; both; both &= both - 1) {
+            uint64_t upto = both ^ (both - 1);
+            join(j->parent, run_a + __builtin_popcountll(starts_a[k] & upto),
+                 run_b + __builtin_popcountll(starts_b[k] & upto));
+        }
+        if (m->reach) {
+            uint64_t b_first = a[k] & b_before & ~(b[k] | a_before);
+            uint64_t a_first = b[k] & a_before & ~(a[k] | b_before);
+            for (; b_first; b_first &= b_first - 1) {
+                uint64_t upto = b_first ^ (b_first - 1);
+                join(j->parent, run_a + __builtin_popcountll(starts_a[k] & upto),
+                     run_b + __builtin_popcountll(starts_b[k] & upto >> 1));
+            }
+            for (; a_first; a_first &= a_first - 1) {
+                uint64_t upto = a_first ^ (a_first - 1);
+                join(j->parent, run_a + __builtin_popcountll(starts_a[k] & upto >> 1),
+                     run_b + __builtin_popcountll(starts_b[k] & upto));
+            }
+        }
+        run_a += __builtin_popcountll(starts_a[k]);
+        run_b += __builtin_popcountll(starts_b[k]);
     }
-    if (j->by_value && value_at(j, m->row_a + a0) != value_at(j, m->row_b + b0)) {
-        return;
-    }
-    if (j->side == 1 || bits_meet(m->here, a0, a1, m->there, b0, b1)) {
+}
+
+static inline void meet_values(const meeting *m, int32_t a, int32_t b) {
+    const job *j = m->j;
+    int64_t a0 = j->begin[a], b0 = j->begin[b], n = j->shape[2];
+    if (a0 < j->end[b] + m->reach && b0 < j->end[a] + m->reach &&
+        value_at(j, m->p * n + a0) == value_at(j, m->q * n + b0)) {
         join(j->parent, a, b);
     }
 }
 
-/* Joins the runs of bundles p and q: both lists are ascending, the one that ends first moves on. */
-static void join_rows(const meeting *m, int64_t p, int64_t q) {
+/* Joins runs of equal values: both lists are ascending, the one that ends first moves on. */
+static void join_values(const meeting *m) {
     const job *j = m->j;
-    int32_t a = j->offset[p], a_end = j->offset[p + 1];
-    int32_t b = j->offset[q], b_end = j->offset[q + 1];
+    int32_t a = j->offset[m->p], a_end = j->offset[m->p + 1];
+    int32_t b = j->offset[m->q], b_end = j->offset[m->q + 1];
     while (a < a_end && b < b_end) {
-        meet(m, a, b);
+        meet_values(m, a, b);
         if (j->end[a] < j->end[b]) {
             ++a;
         } else if (j->end[a] > j->end[b]) {
             ++b;
-        } else { /* runs of different values can touch: the next ones reach back diagonally */
-            if (j->by_value && a + 1 < a_end) {
-                meet(m, a + 1, b);
+        } else { /* neighbours in a row can touch: the next ones reach back diagonally */
+            if (a + 1 < a_end) {
+                meet_values(m, a + 1, b);
             }
-            if (j->by_value && b + 1 < b_end) {
-                meet(m, a, b + 1);
+            if (b + 1 < b_end) {
+                meet_values(m, a, b + 1);
             }
             ++a;
             ++b;
@@ -377,12 +411,14 @@ static void join_plane(job *j, int64_t bz, int across, uint64_t *part) {
             if (j->offset[p] == j->offset[p + 1] || j->offset[q] == j->offset[q + 1]) {
                 continue;
             }
-            meeting m = {j, to->reach, NULL, NULL, p * j->shape[2], q * j->shape[2]};
-            if (j->side == 2) {
-                m.here = bundle_bits(j, bz, by, to->here, part);
-                m.there = bundle_bits(j, bz + to->dz, by + to->dy, to->there, part + j->words);
+            meeting m = {j, to->reach, p, q, NULL, NULL};
+            if (j->by_value) {
+                join_values(&m);
+                continue;
             }
-            join_rows(&m, p, q);
+            m.here = bundle_bits(j, bz, by, to->here, part);
+            m.there = bundle_bits(j, bz + to->dz, by + to->dy, to->there, part + j->words);
+            join_bits(&m);
         }
     }
 }
@@ -437,10 +473,11 @@ static ss_status make_runs(ss_exec *x, job *j) {
     int32_t threads = ss_parallel_threads(x, j->planes, 1);
     int64_t rows = j->shape[0] * j->shape[1], bundles = j->planes * j->rows;
     j->bits = ss_scratch(x, j->by_value ? 0 : rows * j->words, sizeof *j->bits);
+    j->starts = ss_scratch(x, j->by_value ? 0 : bundles * j->words, sizeof *j->starts);
     j->buffer = ss_scratch(x, threads * j->shape[2], 1);
     j->parts = ss_scratch(x, 2 * threads * j->words, sizeof *j->parts);
     j->offset = ss_scratch(x, bundles + 1, sizeof *j->offset);
-    if (!j->bits || !j->buffer || !j->parts || !j->offset) {
+    if (!j->bits || !j->starts || !j->buffer || !j->parts || !j->offset) {
         return SS_NO_MEMORY;
     }
     ss_parallel_for(x, j->planes, j->slab, count_runs, j);
@@ -480,6 +517,7 @@ static void join_all(ss_exec *x, job *j) {
 
 static void free_runs(job *j) {
     ss_scratch_free(j->bits);
+    ss_scratch_free(j->starts);
     ss_scratch_free(j->buffer);
     ss_scratch_free(j->parts);
     ss_scratch_free(j->offset);
@@ -521,33 +559,65 @@ static ss_status number(ss_exec *x, job *j, int64_t *count) {
     return status;
 }
 
+/* Writes columns [begin, end) of row r, which belong to a run. */
+static inline void put(const job *j, int64_t r, int64_t begin, int64_t end, int32_t run) {
+    int64_t at = r * j->shape[2] + begin, n = end - begin;
+    if (j->labels) {
+        int32_t *restrict out = j->labels + at;
+        int32_t label = j->size[run];
+        if (n < 16) { /* most runs of noise: shorter than a vector loop's preparations */
+            for (int64_t i = 0; i < n; ++i) {
+                out[i] = label;
+            }
+            return;
+        }
+        SS_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            out[i] = label;
+        }
+    } else if (j->keep[j->parent[run]]) {
+        memcpy(j->kept + at, j->image + at, (size_t)n);
+    }
+}
+
+/* One row from its bits: where they begin, the starts so far say which run of the bundle it is. */
+static void put_row(const job *j, int64_t r, int64_t bundle) {
+    const uint64_t *bits = j->bits + r * j->words, *starts = j->starts + bundle * j->words;
+    int32_t before = j->offset[bundle] - 1, run = 0;
+    int64_t begin = 0;
+    for (int64_t k = 1; k < j->words - 1; ++k) {
+        uint64_t changes = bits[k] ^ (bits[k] << 1 | bits[k - 1] >> 63);
+        for (; changes; changes &= changes - 1) {
+            int64_t at = (k - 1) * 64 + __builtin_ctzll(changes);
+            uint64_t upto = changes ^ (changes - 1);
+            if (bits[k] & upto & ~(upto >> 1)) {
+                begin = at;
+                run = before + __builtin_popcountll(starts[k] & upto);
+            } else {
+                put(j, r, begin, at, run);
+            }
+        }
+        before += __builtin_popcountll(starts[k]);
+    }
+}
+
 static void paint(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const job *j = ctx;
     int64_t h = j->shape[1], w = j->shape[2];
-    uint8_t *buffer = j->buffer + thread * w;
+    (void)thread;
     for (int64_t r = begin * h; r < end * h; ++r) {
         int64_t bundle = r / h / j->side * j->rows + r % h / j->side;
-        int32_t run = j->offset[bundle], last = j->offset[bundle + 1];
         if (j->labels) {
-            int32_t *restrict out = j->labels + r * w;
-            memset(out, 0, (size_t)w * sizeof *out);
-            const uint8_t *restrict m = run < last ? row_bytes(j, r * w, buffer) : buffer;
-            for (; run < last; ++run) {
-                int32_t label = j->size[run];
-                SS_SIMD
-                for (int64_t i = j->begin[run]; i < j->end[run]; ++i) {
-                    out[i] = m[i] ? label : 0;
-                }
-            }
+            memset(j->labels + r * w, 0, (size_t)w * sizeof *j->labels);
         } else {
-            uint8_t *out = j->kept + r * w;
-            memset(out, 0, (size_t)w);
-            for (; run < last; ++run) {
-                if (j->keep[j->parent[run]]) {
-                    memcpy(out + j->begin[run], j->image + r * w + j->begin[run],
-                           (size_t)(j->end[run] - j->begin[run]));
-                }
-            }
+            memset(j->kept + r * w, 0, (size_t)w);
+        }
+        int32_t run = j->offset[bundle], last = j->offset[bundle + 1];
+        if (run < last && !j->by_value) {
+            put_row(j, r, bundle);
+        }
+        for (; run < last && j->by_value; ++run) {
+            put(j, r, j->begin[run], j->end[run], run);
         }
     }
 }

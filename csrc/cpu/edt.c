@@ -8,9 +8,10 @@
  * search of edt_axis.h, 32 columns in lanes. All of it happens inside the foreground's bounding
  * box, whose open sides are walls of 0-voxels. Memory: 1 byte read and 4 written per voxel, 2 (4)
  * in between per voxel of the box. Numerics: unit or equal spacing in integers, 16 bits where all
- * squares are below 32767 and otherwise once more in 32 bits, so exact; other spacings in float:
- * three roundings of the squares, a relative error of at most 3 x 2^-24 before the root.
- * Deterministic: every voxel's value is a minimum over a set that the mask alone defines.
+ * squares fit (below 32767, for sides up to 181 below 65535 - side^2) and otherwise once more in 32
+ * bits, so exact; other spacings in float: three roundings of the squares, a relative error of at
+ * most 3 x 2^-24 before the root. Deterministic: every voxel's value is a minimum over a set that
+ * the mask alone defines.
  */
 #include "edt.h"
 
@@ -30,6 +31,7 @@ typedef struct edt_line {
     int64_t n;
     int64_t stride;
     int closed[2];
+    int32_t big;
 } edt_line;
 
 typedef struct edt_job {
@@ -49,6 +51,7 @@ typedef struct edt_job {
     int64_t pitch; /* elements per row of the box, a multiple of EDT_LANES */
     int64_t slab;
     const void *cost[3];
+    int32_t big; /* "no 0-voxel yet" in 16 bits: what the largest cost leaves */
     void *mid;
     int16_t *place[2];
     uint8_t *over;
@@ -132,7 +135,7 @@ static void edt_store_index(const edt_job *job, int64_t z, int64_t y, int64_t x0
 /* ---- number types --------------------------------------------------------------------------- */
 
 #define EDT_T uint16_t
-#define EDT_BIG 32767
+#define EDT_BIG(o) ((uint16_t)(o)->big)
 #define EDT(name) name##_u16
 #include "edt_axis.h"
 #undef EDT_T
@@ -140,7 +143,7 @@ static void edt_store_index(const edt_job *job, int64_t z, int64_t y, int64_t x0
 #undef EDT
 
 #define EDT_T int32_t
-#define EDT_BIG (1 << 30)
+#define EDT_BIG(o) (1 << 30)
 #define EDT(name) name##_i32
 #include "edt_axis.h"
 #undef EDT_T
@@ -148,7 +151,7 @@ static void edt_store_index(const edt_job *job, int64_t z, int64_t y, int64_t x0
 #undef EDT
 
 #define EDT_T float
-#define EDT_BIG INFINITY
+#define EDT_BIG(o) INFINITY
 #define EDT(name) name##_f32
 #include "edt_axis.h"
 #undef EDT_T
@@ -297,10 +300,13 @@ static size_t type_size(int type) {
     return type == EDT_U16 ? sizeof(uint16_t) : sizeof(int32_t);
 }
 
-static void fill_cost(void *out, int64_t n, int type, double step) {
+/* In 16 bits costs end where `big` plus a cost would overflow: at squares that no step within the
+ * box has, or at `big` itself, which never wins. */
+static void fill_cost(void *out, int64_t n, int type, int32_t big, double step) {
+    int64_t most = big > 32767 ? 65535 - big : 32767;
     for (int64_t k = 0; k < n; ++k) {
         if (type == EDT_U16) {
-            ((uint16_t *)out)[k] = (uint16_t)(k < 181 ? k * k : 32767);
+            ((uint16_t *)out)[k] = (uint16_t)(k * k < most ? k * k : most);
         } else if (type == EDT_I32) {
             ((int32_t *)out)[k] = (int32_t)(k * k);
         } else {
@@ -325,7 +331,8 @@ static ss_status run_box(ss_exec *x, edt_job *job, int type, int *over) {
     const int64_t *n = job->n;
     size_t size = type_size(type);
     int64_t most = n[0] > n[1] ? n[0] : n[1];
-    int64_t costs = (most > n[2] ? most : n[2]) + EDT_NEAR + 4;
+    int64_t longest = most > n[2] ? most : n[2];
+    int64_t costs = longest + EDT_NEAR + 4;
     costs = (costs + 31) / 32 * 32;
     int64_t rows = (1 << 17) / ((n[0] + 2 * EDT_NEAR) * job->pitch);
     job->slab = rows < 1 ? 1 : (rows > n[1] ? n[1] : rows);
@@ -334,6 +341,7 @@ static ss_status run_box(ss_exec *x, edt_job *job, int type, int *over) {
     int64_t tile = plane_tile > slab_tile ? plane_tile : slab_tile;
     int32_t threads = ss_parallel_threads(x, n[0] > n[1] ? n[0] : n[1], 1);
     int64_t voxels = n[0] * n[1] * job->pitch;
+    job->big = longest <= 181 ? 65535 - (int32_t)(longest * longest) : 32767;
     job->tile_bytes = (size_t)tile * size;
     job->room_size = 4 * most;
     char *cost = ss_scratch(x, 3 * costs, size);
@@ -346,7 +354,7 @@ static ss_status run_box(ss_exec *x, edt_job *job, int type, int *over) {
     if (cost && job->mid && job->tile && job->room && job->over && (places || !job->index)) {
         for (int k = 0; k < 3; ++k) {
             job->cost[k] = cost + (size_t)(k * costs) * size;
-            fill_cost(cost + (size_t)(k * costs) * size, costs, type,
+            fill_cost(cost + (size_t)(k * costs) * size, costs, type, job->big,
                       job->spacing ? job->spacing[k] : 1.0);
         }
         memset(job->over, 0, (size_t)(n[0] + n[1]));

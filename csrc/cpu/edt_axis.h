@@ -2,7 +2,7 @@
  *
  * edt_axis.h: one axis of the distance transform for 32 columns at a time, any number type.
  *
- * Included once per type with EDT_T, EDT_BIG ("no 0-voxel yet"; BIG plus any cost must not
+ * Included once per type with EDT_T, EDT_BIG(job) ("no 0-voxel yet"; BIG plus any cost must not
  * overflow) and EDT(name). A tile holds rows -EDT_NEAR .. n + EDT_NEAR - 1 of `stride` columns;
  * rows outside 0..n-1 are BIG. cost[k] is the squared length of k steps.
  *
@@ -49,7 +49,7 @@ static inline void EDT(step)(const EDT_T *restrict f, int64_t stride, int64_t k,
 
 /* What the closed faces leave of `start` at row i. */
 static inline EDT_T EDT(face)(const edt_line *a, const EDT_T *cost, int64_t i) {
-    EDT_T c = EDT_BIG;
+    EDT_T c = EDT_BIG(a);
     if (a->closed[0]) {
         c = cost[i + 1];
     }
@@ -89,7 +89,7 @@ static void EDT(bracketed)(const edt_line *a, const EDT_T *restrict f, const EDT
     int32_t place[EDT_LANES];
     int32_t lo = *first, hi = *last;
     for (int l = 0; l < EDT_LANES; ++l) {
-        best[l] = EDT_BIG;
+        best[l] = EDT_BIG(a);
         place[l] = -1;
     }
     for (int32_t p = lo; p <= hi; ++p) {
@@ -122,13 +122,13 @@ static void EDT(far)(const edt_line *a, const EDT_T *restrict f, const EDT_T *re
     int32_t *row = w, *first = w + a->n, *last = first + a->n;
     int32_t rows = 0;
     for (int64_t j = 0; j < a->n; ++j) { /* only rows in which some column has a finite value */
-        EDT_T least = EDT_BIG;
+        EDT_T least = EDT_BIG(a);
         const EDT_T *g = f + j * a->stride;
         _Pragma("omp simd reduction(min : least)") for (int l = 0; l < EDT_LANES; ++l) {
             least = g[l] < least ? g[l] : least;
         }
         row[rows] = (int32_t)j;
-        rows += least < EDT_BIG;
+        rows += least < EDT_BIG(a);
     }
     int32_t top = 1;
     while (top < m) {
@@ -161,32 +161,43 @@ static void EDT(columns)(const edt_line *a, const EDT_T *tile, const EDT_T *cost
     }
 }
 
-/* place[l] = the smallest row j with f[j] + cost[|i - j|] = g; -1 and n for the faces. */
+/* place[l] = the smallest row j with f[j] + cost[|i - j|] = g; -1 and n for the faces. Rows are
+ * tried in ascending order, kept as j + 2 in the lanes' own type until every lane has one. */
 static void EDT(nearest)(const edt_line *a, const EDT_T *restrict f, const EDT_T *restrict cost,
                          int64_t i, const EDT_T *restrict g, int16_t *restrict place) {
+    EDT_T found[EDT_LANES];
     EDT_T m = EDT(most)(g);
     int64_t k = 0;
     while (k + 1 < a->n && cost[k + 1] <= m) {
         ++k;
     }
-    int64_t from = i - k > 0 ? i - k : 0;
     int64_t to = i + k < a->n - 1 ? i + k : a->n - 1;
+    EDT_T before = a->closed[0] ? cost[i + 1] : EDT_BIG(a);
+    SS_SIMD
     for (int l = 0; l < EDT_LANES; ++l) {
-        place[l] = 0;
+        found[l] = (EDT_T)(g[l] == before ? 1 : 0);
     }
-    for (int l = 0; a->closed[1] && l < EDT_LANES; ++l) {
-        place[l] = cost[a->n - i] == g[l] ? (int16_t)a->n : place[l];
-    }
-    for (int64_t j = to; j >= from; --j) {
-        EDT_T c = cost[j < i ? i - j : j - i];
+    for (int64_t j = i - k > 0 ? i - k : 0; j <= to; ++j) {
         const EDT_T *restrict v = f + j * a->stride;
+        EDT_T c = cost[j < i ? i - j : j - i];
+        EDT_T number = (EDT_T)(j + 2);
         SS_SIMD
         for (int l = 0; l < EDT_LANES; ++l) {
-            place[l] = (EDT_T)(v[l] + c) == g[l] ? (int16_t)j : place[l];
+            EDT_T hit = (EDT_T)(v[l] + c) == g[l] ? number : (EDT_T)0;
+            found[l] = found[l] == 0 ? hit : found[l];
+        }
+        if (j % 8 == 0) {
+            EDT_T least = found[0];
+            _Pragma("omp simd reduction(min : least)") for (int l = 0; l < EDT_LANES; ++l) {
+                least = found[l] < least ? found[l] : least;
+            }
+            if (least > 0) {
+                break;
+            }
         }
     }
-    for (int l = 0; a->closed[0] && l < EDT_LANES; ++l) {
-        place[l] = cost[i + 1] == g[l] ? (int16_t)-1 : place[l];
+    for (int l = 0; l < EDT_LANES; ++l) { /* not found: the other face is left */
+        place[l] = (int16_t)(found[l] == 0 ? (EDT_T)a->n : found[l] - 2);
     }
 }
 
@@ -203,7 +214,7 @@ static void EDT(run)(const edt_job *job, int64_t begin, int64_t end, EDT_T *rest
         out[i] = cost[i - begin + 1];
     }
     for (int64_t i = half; i < end; ++i) {
-        out[i] = right ? cost[end - i] : EDT_BIG;
+        out[i] = right ? cost[end - i] : EDT_BIG(job);
     }
 }
 
@@ -224,6 +235,7 @@ static int EDT(store)(const edt_job *job, int64_t z, int64_t y, const EDT_T *res
     int64_t at = edt_offset(job, z, y);
     int64_t n = job->n[2];
     uint32_t over = 0;
+    EDT_T big = EDT_BIG(job);
     if (job->squares) {
         int32_t *restrict out = job->squares + at;
         SS_SIMD
@@ -246,7 +258,7 @@ static int EDT(store)(const edt_job *job, int64_t z, int64_t y, const EDT_T *res
         }
     }
     _Pragma("omp simd reduction(| : over)") for (int64_t i = 0; i < n; ++i) {
-        over |= g[i] >= EDT_BIG;
+        over |= g[i] >= big;
     }
     return over != 0;
 }
@@ -254,8 +266,8 @@ static int EDT(store)(const edt_job *job, int64_t z, int64_t y, const EDT_T *res
 /* The square of the way out of the volume from place i along an axis, if the box ends there. */
 static EDT_T EDT(way_out)(const edt_job *job, int axis, int64_t i) {
     const EDT_T *cost = job->cost[axis];
-    EDT_T c = job->closed[axis][0] == EDT_BORDER ? cost[i + 1] : EDT_BIG;
-    EDT_T d = job->closed[axis][1] == EDT_BORDER ? cost[job->n[axis] - i] : EDT_BIG;
+    EDT_T c = job->closed[axis][0] == EDT_BORDER ? cost[i + 1] : EDT_BIG(job);
+    EDT_T d = job->closed[axis][1] == EDT_BORDER ? cost[job->n[axis] - i] : EDT_BIG(job);
     return c < d ? c : d;
 }
 
@@ -277,10 +289,10 @@ static void EDT(planes)(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     int64_t h = job->n[1], pitch = job->pitch, size = h * pitch;
     EDT_T *pad = edt_tile(job, thread);
     EDT_T *tile = pad + EDT_NEAR * pitch, *own = tile + (h + EDT_NEAR) * pitch;
-    edt_line a = {h, pitch, {job->closed[1][0], job->closed[1][1]}};
+    edt_line a = {h, pitch, {job->closed[1][0], job->closed[1][1]}, job->big};
     for (int64_t i = 0; i < EDT_NEAR * pitch; ++i) {
-        pad[i] = EDT_BIG;
-        tile[size + i] = EDT_BIG;
+        pad[i] = EDT_BIG(job);
+        tile[size + i] = EDT_BIG(job);
     }
     for (int64_t z = begin; z < end; ++z) {
         EDT_T *out = job->flat ? own : (EDT_T *)job->mid + z * size;
@@ -318,10 +330,10 @@ static void EDT(slabs)(void *ctx, int64_t begin, int64_t end, int32_t thread) {
         int64_t width = rows * job->pitch;
         EDT_T *pad = edt_tile(job, thread);
         EDT_T *tile = pad + EDT_NEAR * width, *out = tile + (d + EDT_NEAR) * width;
-        edt_line a = {d, width, {job->closed[0][0], job->closed[0][1]}};
+        edt_line a = {d, width, {job->closed[0][0], job->closed[0][1]}, job->big};
         for (int64_t i = 0; i < EDT_NEAR * width; ++i) {
-            pad[i] = EDT_BIG;
-            tile[d * width + i] = EDT_BIG;
+            pad[i] = EDT_BIG(job);
+            tile[d * width + i] = EDT_BIG(job);
         }
         for (int64_t z = 0; z < d; ++z) {
             memcpy(tile + z * width, (const EDT_T *)job->mid + z * plane + y0 * job->pitch,
