@@ -44,14 +44,14 @@ def _errors(masks):
 
 def ritm_published(masks):
     """As SAM-Med3D's training does it: the edt package on padded error masks, argwhere, a draw."""
-    import edt  # noqa: PLC0415
+    edt = _package("edt")
 
     threads = torch.get_num_threads()
     return _ritm(_errors(masks), lambda e: edt.edt(e, black_border=True, parallel=threads))
 
 
 def ritm_scipy(masks):
-    from scipy.ndimage import distance_transform_edt  # noqa: PLC0415
+    distance_transform_edt = _package("scipy.ndimage").distance_transform_edt
 
     return _ritm(_errors(masks), distance_transform_edt)
 
@@ -88,7 +88,7 @@ def boxes_published(masks):
 
 
 def boxes_monai(masks):
-    from monai.transforms.utils import generate_spatial_bounding_box  # noqa: PLC0415
+    generate_spatial_bounding_box = _package("monai.transforms.utils").generate_spatial_bounding_box
 
     return [generate_spatial_bounding_box(mask, lambda v: v > 0) for mask in masks]
 

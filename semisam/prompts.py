@@ -476,7 +476,7 @@ class PromptBatch:
             raise ValueError(f"{who}(): shape: expected a 2-D patch (rows, columns), got {tuple(shape)}")
         if keep_aspect:
             longest = size / max(shape)
-            return np.array([int(n * longest + 0.5) / n for n in shape])
+            return np.array([max(1, int(n * longest + 0.5)) / n for n in shape])  # at least a pixel
         return np.array([size / n for n in shape])
 
     # ---- SAM-Med3D, SAM-Med3D-turbo, SegAnyPET

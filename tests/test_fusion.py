@@ -221,9 +221,7 @@ def test_exponential_weight_is_accurate(rng, kappa):
     scale=st.sampled_from([0.01, 1.0, 30.0]),
 )
 @settings(max_examples=60, deadline=None)
-def test_maps_stay_in_their_ranges_and_ignore_order(
-    seed, s, channels, unc, weight, logits, scale
-):
+def test_maps_stay_in_their_ranges_and_ignore_order(seed, s, channels, unc, weight, logits, scale):
     rng = np.random.default_rng(seed)
     z = scale * rng.standard_normal((s, 2, channels, 23))
     p = z if logits else (special.expit(z) if channels == 1 else special.softmax(z, axis=2))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import data_dir
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage, stats
@@ -183,6 +183,16 @@ def test_ritm_means_the_largest_inscribed_ball_not_the_largest_volume():
     point, label = click(target, current)
     assert label == 0
     assert current[point]
+
+
+def test_a_wide_region_with_a_smaller_ball_does_not_win():
+    # FN: a full 3^3 cube, d2 = 4 in the middle. FP: in a larger box, the same cube without a corner, d2 = 3.
+    target, current = np.zeros((2, 30, 30, 30), bool)
+    target[1:4, 1:4, 1:4] = True
+    current[10:13, 10:13, 10:13] = True
+    current[12, 12, 12] = False
+    current[17, 17, 17] = True
+    assert click(target, current) == ((2, 2, 2), 1)
 
 
 def test_equal_balls_give_a_negative_click():
@@ -627,6 +637,7 @@ def _equal(a, b):
 
 
 @settings(max_examples=40, deadline=None)
+@example(1, 2049, 0, True, False)  # an image that the resizing makes one pixel high
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32), st.booleans(), st.booleans())
 def test_hf_round_trip(rows, columns, seed, keep_aspect, on_torch):
     rng = np.random.default_rng(seed)

@@ -210,7 +210,7 @@ static void locate(void *ctx, int64_t begin, int64_t end, int32_t thread) {
         const int64_t n =
             choose(a, (const int64_t *)a->counter.data + 4 * b, 2 * c + side, m, rank);
         int64_t done = 0, before = 0;
-        for (int64_t block = 0; done < n; ++block) {
+        for (int64_t block = 0; done < n && block < j->blocks; ++block) {
             const counts *at = j->count + (b * j->blocks + block) * classes;
             int64_t here = block_candidates(j, at, c, side, confident);
             if (rank[done] < before + here) {
