@@ -194,7 +194,7 @@ test: setup
 	$(MAKE) cexample
 	$(MAKE) asan
 	$(MAKE) pytest
-	
+
 .PHONY: clean
 clean:
 	rm -rf $(BUILD) semisam/*.so

@@ -264,7 +264,7 @@ CODES = ["?", "B", "b", "H", "h", "I", "i", "L", "l", "Q", "q"]
 NAMES = ["bool", "u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64", "u64", "i64"]
 
 
-@pytest.mark.parametrize(("dtype", "name"), zip(CODES, NAMES, strict=True))
+@pytest.mark.parametrize(("dtype", "name"), list(zip(CODES, NAMES, strict=True)))
 def test_every_integer_dtype_has_its_name(dtype, name):
     text = f"mask_logits(): prob: expected dtype f16, bf16, f32, f64, got {name}"
     refuses(TypeError, text, np.zeros((1, 2, 2, 2), dtype), 1, 1, 1, out())

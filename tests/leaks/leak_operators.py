@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operator of the case table, from NumPy and from torch."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from growth import check
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cases import CASES
+
+from semisam import ops
+
+
+def cast(value, dtype):
+    """Floating arrays in the case's first dtype where NumPy has it; all of them contiguous."""
+    if isinstance(value, (list, tuple)):
+        return [cast(v, dtype) for v in value]
+    if not isinstance(value, np.ndarray):
+        return value
+    name = {"f16": "float16", "f32": "float32"}.get(dtype, "float64")
+    return np.ascontiguousarray(value.astype(name) if value.dtype.kind == "f" else value)
+
+
+def tensors(value):
+    if isinstance(value, (list, tuple)):
+        return [tensors(v) for v in value]
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+torch.set_num_threads(1)
+for case in {case.op: case for case in CASES}.values():
+    given = cast(case.inputs(np.random.default_rng(1)), case.dtypes[0] if case.dtypes else "")
+    on_torch = tensors(given)
+    watched = [a for a in given if isinstance(a, np.ndarray)]
+    watched_torch = [a for a in on_torch if isinstance(a, torch.Tensor)]
+    check(f"{case.id} numpy", lambda op=case.op, a=given: ops.call(op, *a), watched, times=60)
+    check(f"{case.id} torch", lambda op=case.op, a=on_torch: ops.call(op, *a), watched_torch, times=60)
