@@ -324,7 +324,7 @@ _functions: dict[str, Any] = {}
 def _define_functions(torch: Any) -> None:
     ops = torch.ops.semisam
 
-    class VoxelLoss(torch.autograd.Function):
+    class VoxelLoss(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, logits: Any, params: Any, *args: Any) -> Any:
             activation, terms, n, *arrays = args
