@@ -336,9 +336,7 @@ def _define_functions(torch: Any) -> None:
         @staticmethod
         def backward(ctx: Any, grad: Any) -> Any:
             if torch.is_grad_enabled():  # once_differentiable would drop the second derivative silently
-                raise RuntimeError(
-                    "voxel_loss(): create_graph: expected False: differentiable once only"
-                )
+                raise RuntimeError("voxel_loss(): create_graph: expected False: differentiable once only")
             logits, stats, *arrays = ctx.saved_tensors
             dlogits = ops.voxel_loss_backward(
                 *(logits, arrays[: ctx.n], arrays[ctx.n :], ctx.params),
