@@ -331,7 +331,7 @@ def _define_functions() -> None:
 
     ops = torch.ops.semisam
 
-    class VoxelLoss(torch.autograd.Function):
+    class VoxelLoss(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, logits: Any, params: Any, *args: Any) -> Any:
             activation, terms, n, *arrays = args
@@ -343,6 +343,8 @@ def _define_functions() -> None:
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, grad: Any) -> Any:
+            if torch.is_grad_enabled():  # once_differentiable would drop the second derivative silently
+                raise RuntimeError("voxel_loss(): create_graph: expected False: differentiable once only")
             logits, stats, *arrays = ctx.saved_tensors
             dlogits = ops.voxel_loss_backward(
                 *(logits, arrays[: ctx.n], arrays[ctx.n :], ctx.params),

@@ -18,6 +18,13 @@
 #define VL_FUSED_FORWARD(k, sums) fused_forward(k, sums)
 #define VL_FUSED_BACKWARD(k, by) fused_backward(k, by)
 
+#define VL_KEEP_IF keep_if
+
+/* v or 0, by masking: gcc turns a select whose result is summed into a branch around the sum. */
+static inline float keep_if(int32_t yes, float v) {
+    return ss_bits_f32(ss_f32_bits(v) & (uint32_t)-yes);
+}
+
 struct vl_block;
 static int fused_forward(struct vl_block *k, double *sums);
 static int fused_backward(struct vl_block *k, const double *by);

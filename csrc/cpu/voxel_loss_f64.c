@@ -13,6 +13,7 @@
 #define VL_EXP exp
 #define VL_LOG log
 #define VL_NAME(name) SS_CPU(name##_f64)
+#define VL_KEEP_IF(yes, v) ((yes) ? (v) : 0.0)
 #define VL_STORE store_f64
 #define VL_FUSED_FORWARD(k, sums) 0
 #define VL_FUSED_BACKWARD(k, by) 0

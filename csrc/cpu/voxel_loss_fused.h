@@ -56,6 +56,8 @@ typedef struct fused_rows {
     const float *me; /* of entropy */
     float a[4];      /* class weights of CE; backward: times its derivative */
     float ui[4], vz[4], ez[4];
+    const char *ahead; /* labels of the next block, so many bytes per SS_LANES */
+    int64_t ahead_step;
     float ue, uq; /* entropy; squared error (twice) or KL */
     float square, linear;
 } fused_rows;
@@ -74,6 +76,13 @@ static void find_rows(vl_block *k, const fused_terms *f, fused_rows *r) {
         const vl_term *t = &p->term[soft];
         int64_t offset = ((k->b - t->first) * p->C + c) * p->S + k->offset;
         r->q[c] = load_row(&p->targets[t->target], offset, k->n, k->lanes, k->p + c * k->room);
+    }
+    const ss_tensor *labels = with_labels < 0 ? NULL : &p->targets[p->term[with_labels].target];
+    if (labels) {
+        int64_t size = (int64_t)ss_dtype_size(labels->dtype);
+        int64_t next = (k->b - p->term[with_labels].first) * p->S + k->offset + k->n;
+        r->ahead = (const char *)labels->data + next * size;
+        r->ahead_step = size * SS_LANES;
     }
     r->y = with_labels < 0 ? k->y : k->y + p->term[with_labels].slot * k->room;
     r->m = with_labels < 0 ? k->m : k->m + p->term[with_labels].slot * k->room;
@@ -135,9 +144,23 @@ static inline float log_target(float q) {
     return log_normal(v, ss_bits_f32(ss_f32_bits(v) | negative));
 }
 
-/* v or 0, by masking: gcc turns a select whose result is summed into a branch around the sum. */
-static inline float keep_if(int32_t yes, float v) {
-    return ss_bits_f32(ss_f32_bits(v) & (uint32_t)-yes);
+/* Asks for what the next block will read: labels are read in one burst before the loop, and the
+ * rows of logits are so many streams that the hardware alone falls behind. */
+static inline __attribute__((always_inline)) void
+fetch_ahead(const int C, const int USES, int64_t i, int64_t n, const fused_rows *r) {
+    for (int c = 0; c < C; ++c) {
+        __builtin_prefetch(r->z[c] + n + i);
+        if (USES & (HAS_MSE | HAS_KL)) {
+            __builtin_prefetch(r->q[c] + n + i);
+        }
+    }
+    if (USES & HAS_LABELS) {
+        const char *at = r->ahead + i / SS_LANES * r->ahead_step;
+        __builtin_prefetch(at);
+        if (r->ahead_step > 64) {
+            __builtin_prefetch(at + 64);
+        }
+    }
 }
 
 /* Applies X to the classes that there are; C is a constant. */
@@ -208,6 +231,7 @@ forward_lanes(const int C, const int USES, int64_t n, const fused_rows *r, fused
     float n0[SS_LANES] = {0}, n1[SS_LANES] = {0}, n2[SS_LANES] = {0}, n3[SS_LANES] = {0};
     float y0[SS_LANES] = {0}, y1[SS_LANES] = {0}, y2[SS_LANES] = {0}, y3[SS_LANES] = {0};
     for (int64_t i = 0; i < n; i += SS_LANES) {
+        fetch_ahead(C, USES, i, n, r);
         SS_SIMD
         for (int l = 0; l < SS_LANES; ++l) {
             SOFTMAX_LANE
@@ -216,7 +240,7 @@ forward_lanes(const int C, const int USES, int64_t n, const fused_rows *r, fused
                 const int32_t y = y_[i + l];
                 const float m = m_[i + l];
 #define X(c)                                                                                       \
-    float t##c = keep_if(y == c, m);                                                                \
+    float t##c = keep_if(y == c, m);                                                               \
     y##c[l] += t##c;                                                                               \
     if (USES & HAS_DICE) {                                                                         \
         i##c[l] += t##c * p##c;                                                                    \
@@ -286,6 +310,7 @@ static inline __attribute__((always_inline)) void backward_lanes(const int C, co
     const float e0 = r->ez[0], e1 = r->ez[1], e2 = r->ez[2], e3 = r->ez[3];
     const float ue = r->ue, uq = r->uq;
     for (int64_t i = 0; i < n; i += SS_LANES) {
+        fetch_ahead(C, USES, i, n, r);
         SS_SIMD
         for (int l = 0; l < SS_LANES; ++l) {
             SOFTMAX_LANE
@@ -338,18 +363,29 @@ static inline __attribute__((always_inline)) void backward_lanes(const int C, co
     }
 }
 
-/* The sets of terms that have a loop: name, kinds; each for 2, 3 and 4 classes. */
-#define FUSED_SETS(F)                                                                              \
-    F(ce_dice, HAS_CE | HAS_DICE)                                                                  \
-    F(ce, HAS_CE)                                                                                  \
-    F(dice, HAS_DICE)                                                                              \
-    F(mse, HAS_MSE)                                                                                \
-    F(kl, HAS_KL)                                                                                  \
-    F(entropy, HAS_ENTROPY)                                                                        \
-    F(mse_entropy, HAS_MSE | HAS_ENTROPY)                                                          \
-    F(kl_entropy, HAS_KL | HAS_ENTROPY)                                                            \
-    F(ce_dice_entropy, HAS_CE | HAS_DICE | HAS_ENTROPY)
-#define FUSED_CLASSES(ONE, name, set) ONE(name, set, 2) ONE(name, set, 3) ONE(name, set, 4)
+/* The sets of terms that have a loop, for so many classes. */
+#define FUSED(ONE)                                                                                 \
+    ONE(ce_dice, HAS_CE | HAS_DICE, 2)                                                             \
+    ONE(ce_dice, HAS_CE | HAS_DICE, 3)                                                             \
+    ONE(ce, HAS_CE, 2)                                                                             \
+    ONE(ce, HAS_CE, 3)                                                                             \
+    ONE(ce, HAS_CE, 4)                                                                             \
+    ONE(dice, HAS_DICE, 2)                                                                         \
+    ONE(dice, HAS_DICE, 3)                                                                         \
+    ONE(dice, HAS_DICE, 4)                                                                         \
+    ONE(mse, HAS_MSE, 2)                                                                           \
+    ONE(mse, HAS_MSE, 3)                                                                           \
+    ONE(mse, HAS_MSE, 4)                                                                           \
+    ONE(kl, HAS_KL, 2)                                                                             \
+    ONE(kl, HAS_KL, 3)                                                                             \
+    ONE(entropy, HAS_ENTROPY, 2)                                                                   \
+    ONE(entropy, HAS_ENTROPY, 3)                                                                   \
+    ONE(entropy, HAS_ENTROPY, 4)                                                                   \
+    ONE(mse_entropy, HAS_MSE | HAS_ENTROPY, 2)                                                     \
+    ONE(mse_entropy, HAS_MSE | HAS_ENTROPY, 3)                                                     \
+    ONE(mse_entropy, HAS_MSE | HAS_ENTROPY, 4)                                                     \
+    ONE(kl_entropy, HAS_KL | HAS_ENTROPY, 2)                                                       \
+    ONE(ce_dice_entropy, HAS_CE | HAS_DICE | HAS_ENTROPY, 2)
 
 /* Functions of their own: in one large function gcc gives up on vectorising. */
 #define ONE(name, set, classes)                                                                    \
@@ -361,9 +397,7 @@ static inline __attribute__((always_inline)) void backward_lanes(const int C, co
                                                                    const fused_rows *r) {          \
         backward_lanes(classes, set, n, r);                                                        \
     }
-#define F(name, set) FUSED_CLASSES(ONE, name, set)
-FUSED_SETS(F)
-#undef F
+FUSED(ONE)
 #undef ONE
 
 static int run_forward(int64_t C, int32_t uses, int64_t n, const fused_rows *r, fused_sums *out) {
@@ -372,9 +406,7 @@ static int run_forward(int64_t C, int32_t uses, int64_t n, const fused_rows *r, 
     case (set) * 8 + classes:                                                                      \
         forward_##name##classes(n, r, out);                                                        \
         return 1;
-#define F(name, set) FUSED_CLASSES(ONE, name, set)
-        FUSED_SETS(F)
-#undef F
+        FUSED(ONE)
 #undef ONE
     default:
         return 0;
@@ -387,9 +419,7 @@ static int run_backward(int64_t C, int32_t uses, int64_t n, const fused_rows *r)
     case (set) * 8 + classes:                                                                      \
         backward_##name##classes(n, r);                                                            \
         return 1;
-#define F(name, set) FUSED_CLASSES(ONE, name, set)
-        FUSED_SETS(F)
-#undef F
+        FUSED(ONE)
 #undef ONE
     default:
         return 0;

@@ -12,7 +12,8 @@
  * with weight 0. Numerics: lanes of REAL within a block, folded in lane order into double, doubles
  * added in block and then chunk order. Logarithms are taken of s alone, never of p.
  *
- * The file that includes this defines REAL, VL_SIMD, VL_EXP, VL_LOG and VL_NAME(function).
+ * The file that includes this defines REAL, VL_SIMD, VL_EXP, VL_LOG, VL_KEEP_IF and
+ * VL_NAME(function).
  */
 
 typedef struct vl_block {
@@ -394,6 +395,75 @@ static double entropy_sum(int64_t n, const vl_block *k, const REAL *restrict m,
     return fold(s);
 }
 
+/* The term of this kind with labels whose CE and Dice share one loop per class; NULL otherwise. */
+static const vl_term *paired_dice(const vl_block *k, const vl_term *ce) {
+    if (ce->kind != VL_CE || !ce->hard || ce->smoothing != 0.0 ||
+        k->plan->activation != VL_SOFTMAX) {
+        return NULL;
+    }
+    for (int32_t i = 0; i < k->plan->n_terms; ++i) {
+        const vl_term *t = &k->plan->term[i];
+        if (t->kind == VL_DICE && t->hard && t->slot == ce->slot && vl_covers(t, k->b)) {
+            return t;
+        }
+    }
+    return NULL;
+}
+
+/* Whether a CE term before or after has done this Dice term's work. */
+static int is_done(const vl_block *k, const vl_term *dice) {
+    for (int32_t i = 0; dice->kind == VL_DICE && i < k->plan->n_terms; ++i) {
+        const vl_term *t = &k->plan->term[i];
+        if (vl_covers(t, k->b) && paired_dice(k, t) == dice) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* One class of CE and Dice on the same labels: ce num, I, Z, Y and sum m into out. */
+static void labels_sums(int64_t n, int squared, int32_t label, const vl_block *k,
+                        const int32_t *restrict y, const REAL *restrict m, int64_t c, double *out) {
+    const REAL *restrict p = k->p + c * k->room, *restrict z = k->z[c];
+    const REAL *restrict mx = k->mx, *restrict ls = k->ls;
+    REAL sn[SS_LANES] = {0}, si[SS_LANES] = {0}, sz[SS_LANES] = {0}, sy[SS_LANES] = {0};
+    const REAL a = squared ? (REAL)1 : (REAL)0;
+    const REAL e = (REAL)1 - a;
+    for (int64_t i = 0; i < n; i += SS_LANES) {
+        VL_SIMD
+        for (int l = 0; l < SS_LANES; ++l) {
+            REAL w = m[i + l], v = p[i + l];
+            const int32_t hit = y[i + l] == label;
+            REAL t = VL_KEEP_IF(hit, w);
+            sn[l] += VL_KEEP_IF(hit, t * ((mx[i + l] - z[i + l]) + ls[i + l]));
+            si[l] += t * v;
+            sz[l] += w * (v * (a * v + e));
+            sy[l] += t;
+        }
+    }
+    out[0] = fold(sn);
+    out[1] = fold(si);
+    out[2] = fold(sz);
+    out[3] = fold(sy);
+}
+
+static void labels_forward(vl_block *k, const vl_term *ce, const vl_term *dice, double *of_ce,
+                           double *of_dice) {
+    const double w = weight_sum(k->lanes, k->m + ce->slot * k->room);
+    for (int64_t c = 0; c < k->plan->C; ++c) {
+        double s[4];
+        labels_sums(k->lanes, dice->squared, vl_label(k->plan, c), k, k->y + ce->slot * k->room,
+                    k->m + ce->slot * k->room, c, s);
+        of_ce[0] += ce->a[c] * s[0];
+        of_ce[1] += ce->a[c] * s[3];
+        of_dice[4 * c] += s[1];
+        of_dice[4 * c + 1] += s[2];
+        of_dice[4 * c + 2] += s[3];
+        of_dice[4 * c + 3] += w;
+    }
+    of_ce[2] += w;
+}
+
 /* Adds this block's part of one term to sums [C, 4]. */
 static void term_forward(vl_block *k, const vl_term *t, double *sums) {
     const int64_t C = k->plan->C;
@@ -488,6 +558,34 @@ static void add_entropy(vl_block *k, int64_t c, REAL u, const REAL *restrict m) 
         REAL pg = p[i] * (m[i] * u * ((mx[i] - z[i]) + ls[i]));
         h[i] += pg;
         s[i] -= pg;
+    }
+}
+
+/* One class of CE (a = its weight times its derivative) and Dice on the same labels. */
+static void add_labels(vl_block *k, int64_t c, REAL a, REAL u, REAL v, REAL e, int32_t slot) {
+    const int32_t *restrict y = k->y + slot * k->room;
+    const REAL *restrict m = k->m + slot * k->room, *restrict p = k->p + c * k->room;
+    const int32_t label = vl_label(k->plan, c);
+    REAL *restrict h = k->h[c];
+    REAL *restrict s = k->s;
+    VL_SIMD
+    for (int64_t i = 0; i < k->lanes; ++i) {
+        REAL w = m[i];
+        REAL t = y[i] == label ? w : (REAL)0;
+        REAL d = t * a;
+        REAL pg = p[i] * (t * u + w * (v * p[i] + e));
+        h[i] += pg - d;
+        s[i] += d - pg;
+    }
+}
+
+static void labels_backward(vl_block *k, const vl_term *ce, const vl_term *dice,
+                            const double *by_ce, const double *by_dice) {
+    for (int64_t c = 0; c < k->plan->C; ++c) {
+        double z = by_dice[2 * c + 1];
+        add_labels(k, c, (REAL)(by_ce[0] * ce->a[c]), (REAL)by_dice[2 * c],
+                   dice->squared ? (REAL)(2.0 * z) : (REAL)0, dice->squared ? (REAL)0 : (REAL)z,
+                   ce->slot);
     }
 }
 
@@ -609,8 +707,15 @@ static void forward_block(vl_block *k, double *sums) {
     }
     activate(k, wants_log(p, k->b, 1));
     for (int32_t i = 0; i < p->n_terms; ++i) {
-        if (vl_covers(&p->term[i], k->b)) {
-            term_forward(k, &p->term[i], sums + i * p->C * 4);
+        const vl_term *t = &p->term[i];
+        if (!vl_covers(t, k->b) || is_done(k, t)) {
+            continue;
+        }
+        const vl_term *dice = paired_dice(k, t);
+        if (dice) {
+            labels_forward(k, t, dice, sums + i * p->C * 4, sums + (dice - p->term) * p->C * 4);
+        } else {
+            term_forward(k, t, sums + i * p->C * 4);
         }
     }
 }
@@ -656,8 +761,16 @@ static void backward_block(vl_block *k, const double *by) {
         memset(k->h[c], 0, (size_t)k->lanes * sizeof(REAL));
     }
     for (int32_t i = 0; i < p->n_terms; ++i) {
-        if (vl_covers(&p->term[i], k->b)) {
-            term_backward(k, &p->term[i], by + (i * p->B + k->b) * p->C * 2);
+        const vl_term *t = &p->term[i];
+        const double *d = by + (i * p->B + k->b) * p->C * 2;
+        if (!vl_covers(t, k->b) || is_done(k, t)) {
+            continue;
+        }
+        const vl_term *dice = paired_dice(k, t);
+        if (dice) {
+            labels_backward(k, t, dice, d, by + ((dice - p->term) * p->B + k->b) * p->C * 2);
+        } else {
+            term_backward(k, t, d);
         }
     }
     for (int64_t c = 0; c < p->C && p->activation == VL_SOFTMAX; ++c) {
