@@ -331,7 +331,7 @@ def _define_functions() -> None:
 
     ops = torch.ops.semisam
 
-    class VoxelLoss(torch.autograd.Function):  # type: ignore[misc]
+    class VoxelLoss(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, logits: Any, params: Any, *args: Any) -> Any:
             activation, terms, n, *arrays = args
@@ -341,7 +341,6 @@ def _define_functions() -> None:
             return values
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, grad: Any) -> Any:
             if torch.is_grad_enabled():  # once_differentiable would drop the second derivative silently
                 raise RuntimeError("voxel_loss(): create_graph: expected False: differentiable once only")
