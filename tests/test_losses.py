@@ -10,6 +10,7 @@ import itertools
 import math
 import pickle
 import random
+import re
 import warnings
 
 import numpy as np
@@ -802,7 +803,7 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=repr)
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: re.sub(r" at 0x[0-9a-f]+", "", repr(m)))
 def test_copies_pickles_and_states(module):
     z, y = inputs((2, 3, 4, 4), 18, onehot=False)
     expected = module(z, y)

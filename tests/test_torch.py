@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 
 import pytest
@@ -236,7 +237,7 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=repr)
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: re.sub(r" at 0x[0-9a-f]+", "", repr(m)))
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_modules_compile_in_one_graph(module, dtype):
     z, y = batch(shape=(2, 3, 6, 7))
