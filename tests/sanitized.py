@@ -21,13 +21,15 @@ LEAVE_OUT = ("test_hygiene.py", "test_vectorised.py", "test_packaging.py", "test
 
 
 def runtime() -> str:
-    """Path of the compiler's libasan, or "" if it has none."""
+    """What to preload: the compiler's libasan and libstdc++, or "" if it has none."""
     compiler = shutil.which("gcc")
     if not compiler:
         return ""
-    command = [compiler, "-print-file-name=libasan.so"]
-    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return path if Path(path).is_absolute() else ""
+    paths = []
+    for library in ("libasan.so", "libstdc++.so.6"):  # asan wants to see C++'s throw at the start
+        command = [compiler, f"-print-file-name={library}"]
+        paths.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    return " ".join(paths) if all(Path(path).is_absolute() for path in paths) else ""
 
 
 def build() -> None:
