@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import os
-import shutil
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,26 @@ import torch
 import torch.nn.functional as F
 
 _package = importlib.import_module  # inside the functions: a peer may be missing
+
+# ---- torch.compile as a peer ----------------------------------------------------------------------
+
+_compiled_functions: dict[str, Any] = {}
+
+
+def _compile(name, function):
+    """torch.compile, once per thread count (the generated loops fix it); ImportError if it cannot."""
+    key = f"{name} {torch.get_num_threads()}"
+    if key not in _compiled_functions:
+        _compiled_functions[key] = torch.compile(function, dynamic=False)
+
+    def run(*data):
+        try:
+            return _compiled_functions[key](*data)
+        except Exception as e:
+            raise ImportError(f"torch.compile does not work here: {str(e).splitlines()[0]}") from e
+
+    return run
+
 
 # ---- prompts ------------------------------------------------------------------------------------
 
@@ -129,19 +147,12 @@ def _gradient_of(function):
 
 
 def _compiled(function):
-    """The same under torch.compile, compiled once for each number of dimensions."""
+    """The same under torch.compile."""
 
     def run(data):
-        if not shutil.which(os.environ.get("CXX", "g++")):
-            raise ImportError("torch.compile needs a C++ compiler")
-        return _gradient_of(_compile(function))(data)
+        return _gradient_of(_compile(function.__name__, function))(data)
 
     return run
-
-
-@functools.cache
-def _compile(function):
-    return torch.compile(function, dynamic=False)
 
 
 def _dice_ce(z, y, *_):
@@ -204,23 +215,6 @@ ssl_torch, ssl_compiled = _gradient_of(_ssl), _compiled(_ssl)
 
 
 # ---- fusion -------------------------------------------------------------------------------------
-
-_compiled: dict[str, Any] = {}
-
-
-def _compile(name, function):
-    """torch.compile, once per thread count (the generated loops fix it); ImportError if it cannot."""
-    key = f"{name} {torch.get_num_threads()}"
-    if key not in _compiled:
-        _compiled[key] = torch.compile(function, dynamic=False)
-
-    def run(data):
-        try:
-            return _compiled[key](data)
-        except Exception as e:
-            raise ImportError(f"torch.compile does not work here: {str(e).splitlines()[0]}") from e
-
-    return run
 
 
 def fuse_maps_torch(maps):
