@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Geometry of masks: Euclidean distances, connected components, and cleaning up with them.
 
-All functions take batches, [N, H, W] or [N, D, H, W], NumPy or torch, and return the caller's kind.
+All functions take [*batch, D, H, W] or [H, W], NumPy or torch, and return the caller's kind. An array of
+three or more dimensions is 3-D in its last three; a batch of 2-D images needs `spatial_dims=2`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,12 +33,14 @@ def edt(
     squared: bool = False,
     border: bool = False,
     return_indices: bool = False,
+    spatial_dims: int | None = None,
 ) -> Any:
     """Return the exact Euclidean distance of every foreground voxel to the nearest background voxel.
 
-    `mask` is [N, H, W] or [N, D, H, W], bool or uint8, nonzero = foreground, sides up to 16384;
-    `spacing` is one number or one per spatial dimension in the same order, in any unit (1 by
-    default). The result is float32, shaped like the mask, in that unit, 0 in the background.
+    `mask` is [*batch, D, H, W] or [H, W] (with `spatial_dims=2` [*batch, H, W]), bool or uint8,
+    nonzero = foreground, sides up to 16384; `spacing` is one number or one per spatial dimension in the same
+    order, in any unit (1 by default). The result is float32, shaped like the mask, in that unit, 0 in
+    the background.
 
         d(p) = min over background voxels q of sqrt(sum_k (spacing_k (p_k - q_k))^2)
 
@@ -50,72 +54,79 @@ def edt(
     stops having all integers). With other spacings float32 rounding may add a relative error of
     1.8e-7 to the squares and decides between voxels whose distances differ by less than that.
 
-    Raises ValueError for a mask without 3 or 4 dimensions and for a spacing that is not positive
+    Raises ValueError for a mask with fewer dimensions than it needs and for a spacing that is not positive
     (1e-12 to 1e12) or has another number of dimensions; TypeError for a mask of another dtype.
     Paper: the separable form is that of Saito and Toriwaki, Pattern Recognition 27 (1994).
 
     >>> import numpy as np
     >>> from semisam import masks
-    >>> masks.edt(np.array([[[0, 1, 1, 1, 0]]], np.uint8))[0, 0].tolist()
+    >>> masks.edt(np.array([[0, 1, 1, 1, 0]], np.uint8))[0].tolist()
     [0.0, 1.0, 2.0, 1.0, 0.0]
     """
-    flat = _is_flat("edt", mask)
-    step = _spacing(spacing, 2 if flat else 3)
-    around = (2 if flat else 1) if border else 0
-    image = mask[:, None] if flat else mask
-    distance, index = ops.call("edt", image, step, around, int(bool(squared)), int(bool(return_indices)))
-    distance = distance[:, 0] if flat else distance
-    if not return_indices:
-        return distance
-    return distance, (index[0, :, 0] if flat else index[0])
+    images, _, dims = _images("edt", mask, spatial_dims)
+    step = _spacing(spacing, dims)
+    around = (2 if dims == 2 else 1) if border else 0
+    distance, index = ops.call("edt", images, step, around, int(bool(squared)), int(bool(return_indices)))
+    distance = distance.reshape(mask.shape)
+    return (distance, index[0].reshape(mask.shape)) if return_indices else distance
 
 
 def components(
-    image: Any, connectivity: int | None = None, *, by_value: bool = False, return_sizes: bool = False
+    image: Any,
+    connectivity: int | None = None,
+    *,
+    by_value: bool = False,
+    return_sizes: bool = False,
+    spatial_dims: int | None = None,
 ) -> Components:
     """Return the connected components of the nonzero voxels of every image of a batch.
 
-    `image` is [N, H, W] or [N, D, H, W], bool or any integer dtype. `connectivity` is 4 or 8 in 2-D and
+    `image` is [*batch, D, H, W] or [H, W] (with `spatial_dims=2` [*batch, H, W]), bool or any integer
+    dtype. `connectivity` is 4 or 8 in 2-D and
     6, 18 or 26 in 3-D (default: 8 or 26). With `by_value` only voxels of equal value connect, so
     that every class of a label image falls into its own components.
 
     The result is (labels, count, sizes): `labels` int32 like the image, 0 in the background, 1 to
-    count[n] in image n, numbered by their first voxels in C order; `count` int64 [N]; `sizes`
-    int64 [N, max(count)], the number of voxels of component i at [n, i - 1], 0 beyond count[n], and
-    None unless `return_sizes`.
+    count[n] in image n, numbered by their first voxels in C order; `count` int64 [*batch] (0-d for one
+    image); `sizes` int64 [*batch, max(count)], the number of voxels of component i at [..., i - 1], 0
+    beyond count, and None unless `return_sizes`.
 
-    Raises ValueError for an image without 3 or 4 dimensions, with 2^31 voxels or more, and for
+    Raises ValueError for an image with fewer dimensions than it needs, with 2^31 voxels or more, and for
     a connectivity that its dimension does not have; TypeError for a dtype that is not integer.
 
     >>> import numpy as np
     >>> from semisam import masks
-    >>> labels, count, sizes = masks.components(np.array([[[1, 1, 0, 1]]], np.uint8), return_sizes=True)
+    >>> labels, count, sizes = masks.components(np.array([[1, 1, 0, 1]], np.uint8), return_sizes=True)
     >>> labels.tolist(), count.tolist(), sizes.tolist()
-    ([[[1, 1, 0, 2]]], [2], [[2, 1]])
+    ([[1, 1, 0, 2]], 2, [2, 1])
     """
-    flat = _is_flat("components", image)
-    around = _connectivity("components", connectivity, flat)
-    labels, count = ops.call("components", image[:, None] if flat else image, around, int(bool(by_value)))
-    labels = labels[:, 0] if flat else labels
-    return Components(labels, count, _sizes(labels, count) if return_sizes else None)
+    images, batch, dims = _images("components", image, spatial_dims)
+    around = _connectivity("components", connectivity, dims)
+    labels, count = ops.call("components", images, around, int(bool(by_value)))
+    sizes = _sizes(labels, count) if return_sizes else None
+    sizes = sizes if sizes is None else sizes.reshape(*batch, sizes.shape[1])
+    return Components(labels.reshape(image.shape), count.reshape(batch), sizes)
 
 
-def largest_component(mask: Any, connectivity: int | None = None) -> Any:
+def largest_component(mask: Any, connectivity: int | None = None, *, spatial_dims: int | None = None) -> Any:
     """Return each image's largest connected component, everything else set to 0.
 
-    `mask` is [N, H, W] or [N, D, H, W], bool or uint8; the result has its shape and dtype, and its
-    values where it is kept. `connectivity` as in `components`. Of equally large components the one
-    with the first voxel in C order stays; an empty image stays empty. Raises as `components` does.
+    `mask` is [*batch, D, H, W] or [H, W] (with `spatial_dims=2` [*batch, H, W]), bool or uint8; the result
+    has its shape and dtype, and its values where it is kept. `connectivity` as in `components`. Of
+    equally large components the one with the first voxel in C order stays; an empty image stays empty.
+    Raises as `components` does.
 
     >>> import numpy as np
     >>> from semisam import masks
-    >>> masks.largest_component(np.array([[[1, 1, 0, 1]]], np.uint8)).tolist()
-    [[[1, 1, 0, 0]]]
+    >>> masks.largest_component(np.array([[1, 1, 0, 1]], np.uint8)).tolist()
+    [[1, 1, 0, 0]]
     """
-    return _keep("largest_component", mask, 0, connectivity)
+    return _keep("largest_component", mask, 0, connectivity, spatial_dims)
 
 
-def remove_small(mask: Any, min_size: int, connectivity: int | None = None) -> Any:
+def remove_small(
+    mask: Any, min_size: int, connectivity: int | None = None, *, spatial_dims: int | None = None
+) -> Any:
     """Return the mask without its connected components of fewer than `min_size` voxels.
 
     `mask` and result are as in `largest_component`, `connectivity` as in `components`. Raises
@@ -124,34 +135,37 @@ def remove_small(mask: Any, min_size: int, connectivity: int | None = None) -> A
 
     >>> import numpy as np
     >>> from semisam import masks
-    >>> masks.remove_small(np.array([[[1, 1, 0, 1]]], np.uint8), 2).tolist()
-    [[[1, 1, 0, 0]]]
+    >>> masks.remove_small(np.array([[1, 1, 0, 1]], np.uint8), 2).tolist()
+    [[1, 1, 0, 0]]
     """
     if not isinstance(min_size, (int, np.integer)) or isinstance(min_size, bool):
         raise TypeError(f"remove_small(): min_size: expected an integer, got {type(min_size).__name__}")
     if min_size < 1:
         raise ValueError(f"remove_small(): min_size: expected at least 1 voxel, got {min_size}")
-    return _keep("remove_small", mask, int(min_size), connectivity)
+    return _keep("remove_small", mask, int(min_size), connectivity, spatial_dims)
 
 
-def _keep(function: str, mask: Any, min_size: int, connectivity: int | None) -> Any:
-    flat = _is_flat(function, mask)
-    around = _connectivity(function, connectivity, flat)
+def _keep(function: str, mask: Any, min_size: int, connectivity: int | None, spatial_dims: int | None) -> Any:
+    images, _, dims = _images(function, mask, spatial_dims)
+    around = _connectivity(function, connectivity, dims)
     # More than all voxels is more than any component has; the core counts in what a double can hold.
-    out = ops.call("keep_components", mask[:, None] if flat else mask, around, min(min_size, 2**53))
-    return out[:, 0] if flat else out
+    return ops.call("keep_components", images, around, min(min_size, 2**53)).reshape(mask.shape)
 
 
-def _is_flat(function: str, mask: Any) -> bool:
-    shape = tuple(np.shape(mask))
+def _images(function: str, mask: Any, spatial_dims: int | None) -> tuple[Any, tuple[int, ...], int]:
+    """The mask as [N, D, H, W], the shape of its batch, and 2 or 3."""
     if not hasattr(mask, "dtype"):
         raise TypeError(f"{function}(): expected a NumPy array or torch tensor, got {type(mask).__name__}")
-    if len(shape) not in (3, 4):
-        raise ValueError(
-            f"{function}(): expected shape (N, H, W) or (N, D, H, W), got {shape}; "
-            "add the batch dimension of a single image with [None]"
-        )
-    return len(shape) == 3
+    shape = tuple(mask.shape)
+    if spatial_dims not in (None, 2, 3):
+        raise ValueError(f"{function}(): spatial_dims: expected 2 or 3, got {spatial_dims}")
+    dims = spatial_dims or min(len(shape), 3)
+    if len(shape) < max(dims, 2):
+        expected = "[*batch, H, W]" if dims == 2 else "[*batch, D, H, W] or [H, W]"
+        raise ValueError(f"{function}(): expected shape {expected}, got {shape}")
+    batch, space = shape[: len(shape) - dims], shape[len(shape) - dims :]
+    # Counted, since -1 would not tell how many images an empty array has.
+    return mask.reshape(math.prod(batch), *((1,) if dims == 2 else ()), *space), batch, dims
 
 
 def _spacing(spacing: float | Sequence[float] | None, dims: int) -> list[float]:
@@ -171,12 +185,12 @@ def _spacing(spacing: float | Sequence[float] | None, dims: int) -> list[float]:
     return [step[0], *step] if dims == 2 else step
 
 
-def _connectivity(function: str, connectivity: int | None, flat: bool) -> int:
-    known = {4: 6, 8: 26} if flat else {6: 6, 18: 18, 26: 26}
+def _connectivity(function: str, connectivity: int | None, dims: int) -> int:
+    known = {4: 6, 8: 26} if dims == 2 else {6: 6, 18: 18, 26: 26}
     if connectivity is None:
         return 26
     if connectivity not in known:
-        expected = "4 or 8 for (N, H, W)" if flat else "6, 18 or 26 for (N, D, H, W)"
+        expected = "4 or 8 in 2-D" if dims == 2 else "6, 18 or 26 in 3-D"
         raise ValueError(f"{function}(): connectivity: expected {expected}, got {connectivity}")
     return known[connectivity]
 

@@ -195,7 +195,7 @@ def test_edt_on_real_labels(la_case, hippocampus_cases, acdc_volumes):
         np.testing.assert_allclose(got, np.sqrt(scipy_squares(label == 1, spacing, True)), rtol=2e-7)
     for _, label in acdc_volumes[:3]:
         mask = label == 3
-        got = masks.edt(mask, (1.5, 1.3), squared=True)  # slices as a 2-D batch
+        got = masks.edt(mask, (1.5, 1.3), squared=True, spatial_dims=2)
         for d2, m in zip(got, mask, strict=True):
             np.testing.assert_allclose(d2, scipy_squares(m, (1.5, 1.3)), rtol=1.8e-7)
 
@@ -243,9 +243,9 @@ def test_components_are_cc3ds_and_skimages(connectivity):
 
 def test_components_of_touching_values():
     """Runs of different values end at the same column and meet diagonally on both sides."""
-    image = np.array([[[1, 1, 2, 2], [2, 2, 1, 1]]])
-    assert masks.components(image, 4, by_value=True).labels.tolist() == [[[1, 1, 2, 2], [3, 3, 4, 4]]]
-    assert masks.components(image, 8, by_value=True).labels.tolist() == [[[1, 1, 2, 2], [2, 2, 1, 1]]]
+    image = np.array([[1, 1, 2, 2], [2, 2, 1, 1]])
+    assert masks.components(image, 4, by_value=True).labels.tolist() == [[1, 1, 2, 2], [3, 3, 4, 4]]
+    assert masks.components(image, 8, by_value=True).labels.tolist() == [[1, 1, 2, 2], [2, 2, 1, 1]]
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.uint16, np.int32, np.uint64, np.int64])
@@ -265,9 +265,9 @@ def test_components_of_every_integer(dtype):
 
 def test_components_of_a_spiral():
     m = spiral(61)
-    assert masks.components(m[None], 4).count.tolist() == [1]
-    assert masks.components((1 - m)[None], 4).count.tolist() == [1]
-    assert masks.components(np.stack([m, m.T, m[::-1]]), 8).count.tolist() == [1, 1, 1]
+    assert masks.components(m, 4).count == 1
+    assert masks.components(1 - m, 4).count == 1
+    assert masks.components(np.stack([m, m.T, m[::-1]]), 8, spatial_dims=2).count.tolist() == [1, 1, 1]
     tower = np.stack([m, np.zeros_like(m), m])
     assert masks.components(tower[None], 26).count.tolist() == [2]
 
@@ -321,7 +321,7 @@ def test_components_on_real_labels(la_case, hippocampus_cases, acdc_volumes):
         expected = cc3d.connected_components(label, connectivity=6)
         np.testing.assert_array_equal(got, in_c_order(expected))
     for _, label in acdc_volumes:
-        got = masks.components(label, 8, by_value=True).labels  # slices as a 2-D batch
+        got = masks.components(label, 8, by_value=True, spatial_dims=2).labels
         for g, m in zip(got, label, strict=True):
             np.testing.assert_array_equal(g, in_c_order(measure.label(m, connectivity=2)))
 
@@ -338,7 +338,7 @@ def test_torch_in_torch_out():
     assert (labels.dtype, count.dtype, sizes.dtype) == (torch.int32, torch.int64, torch.int64)
     assert sizes.sum() == m.sum()
     assert masks.largest_component(m).dtype == torch.uint8
-    nowhere = masks.components(torch.zeros(2, 3, 4, dtype=torch.uint8), return_sizes=True)
+    nowhere = masks.components(torch.zeros(2, 1, 3, 4, dtype=torch.uint8), return_sizes=True)
     assert nowhere.count.tolist() == [0, 0]
     assert nowhere.sizes.shape == (2, 0)
     assert torch.equal(masks.edt(m.transpose(1, 3)), masks.edt(m.transpose(1, 3).contiguous()))
@@ -347,11 +347,27 @@ def test_torch_in_torch_out():
 def test_two_dimensions_are_one_plane():
     rng = np.random.default_rng(9)
     m = rng.random((5, 20, 33)) < 0.8
-    np.testing.assert_array_equal(masks.edt(m), masks.edt(m[:, None])[:, 0])
-    np.testing.assert_array_equal(masks.edt(m, (2.0, 0.5)), masks.edt(m[:, None], (7.0, 2.0, 0.5))[:, 0])
-    for got, plane in zip(masks.edt(m, border=True), m, strict=True):
+    flat, step = masks.edt(m, spatial_dims=2), masks.edt(m, (2.0, 0.5), spatial_dims=2)
+    np.testing.assert_array_equal(flat, masks.edt(m[:, None])[:, 0])
+    np.testing.assert_array_equal(step, masks.edt(m[:, None], (7.0, 2.0, 0.5))[:, 0])
+    for got, plane in zip(masks.edt(m, border=True, spatial_dims=2), m, strict=True):
         np.testing.assert_allclose(got, np.sqrt(scipy_squares(plane, border=True)), rtol=1e-7)
-    np.testing.assert_array_equal(masks.components(m).labels, masks.components(m[:, None]).labels[:, 0])
+        np.testing.assert_array_equal(got, masks.edt(plane, border=True))
+    labels = masks.components(m, spatial_dims=2).labels
+    np.testing.assert_array_equal(labels, masks.components(m[:, None]).labels[:, 0])
+    assert masks.largest_component(m, 4, spatial_dims=2).shape == m.shape
+
+
+def test_three_dimensions_are_a_volume():
+    """The trap that a batch of 2-D images would be: a volume is never taken for its slices."""
+    m = np.zeros((3, 5, 5), bool)
+    m[1, 1:4, 1:4] = True
+    m[2, 2, 2] = True
+    np.testing.assert_array_equal(masks.edt(m), masks.edt(m[None])[0])
+    assert masks.edt(m).max() == 1
+    assert masks.components(m).count.shape == ()
+    assert masks.components(m, return_sizes=True).sizes.tolist() == [10]
+    assert masks.components(m[None, None]).count.shape == (1, 1)
 
 
 def test_a_batch_is_its_images():
@@ -370,9 +386,9 @@ def test_a_batch_is_its_images():
 ONE = np.ones((1, 4, 4, 4), np.uint8)
 BAD = [
     (
-        lambda: masks.edt(ONE[0, 0]),
+        lambda: masks.edt(ONE[0, 0, 0]),
         ValueError,
-        r"edt\(\): expected shape \(N, H, W\) or \(N, D, H, W\), got \(4, 4\)",
+        r"edt\(\): expected shape \[\*batch, D, H, W\] or \[H, W\], got \(4,\)",
     ),
     (
         lambda: masks.edt(ONE.tolist()),
@@ -419,7 +435,7 @@ BAD = [
         r"components\(\): connectivity: expected 6, 18 or 26 .*, got 8",
     ),
     (
-        lambda: masks.components(ONE[0], 6),
+        lambda: masks.components(ONE[0, 0], 6),
         ValueError,
         r"components\(\): connectivity: expected 4 or 8 .*, got 6",
     ),
@@ -434,7 +450,7 @@ BAD = [
         r"largest_component\(\): connectivity: expected 6, 18 or 26",
     ),
     (
-        lambda: masks.largest_component(ONE[0, 0]),
+        lambda: masks.largest_component(ONE[0, 0], spatial_dims=3),
         ValueError,
         r"largest_component\(\): expected shape .*, got \(4, 4\)",
     ),
