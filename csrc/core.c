@@ -430,7 +430,7 @@ static ss_status check_slot(check *c, char *p, const ss_arg_spec *spec) {
         if (v->n > 0 && v->at == NULL) {
             return refuse(c, SS_INVALID, spec->name, "expected numbers, got nothing");
         }
-        if (v->n >= 0 && (double)v->n <= spec->hi) {
+        if (v->n >= 0 && v->n <= (int64_t)spec->hi) {
             return SS_OK;
         }
         return refuse(c, SS_INVALID, spec->name, "expected at most %.0f numbers, got %lld",

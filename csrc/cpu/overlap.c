@@ -34,6 +34,7 @@ static void add_run(int64_t *counts, unsigned p, unsigned g, int64_t length) {
 
 static void count_block(const uint16_t *p, const uint16_t *g, int64_t n, int64_t *counts) {
     uint64_t bits[SS_LABEL_BLOCK / 64];
+    bits[0] = 0; /* gcc does not see that n is at least 1 */
     int64_t words = ss_label_edges(p, g, n, bits);
     int64_t begin = 0;
     bits[0] &= ~(uint64_t)1;
