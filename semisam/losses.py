@@ -74,6 +74,14 @@ class Term:
     "sample" divides by the weights of each sample by itself (mse: and by C), and averages over those
     samples whose weights sum up to at least `min_weight` times their number of voxels. Where all
     weights are 0, the loss and its gradient are 0.
+
+    >>> import torch
+    >>> from semisam.losses import Term, voxel_loss
+    >>> labels = torch.ones(1, 4, 4, dtype=torch.uint8)
+    >>> half = torch.zeros(3, 2, 4, 4)  # logits of one labeled and two unlabeled samples
+    >>> terms = [Term("ce", labels, samples=(0, 1)), Term("entropy", samples=(1, 3), scale=0.1)]
+    >>> round(voxel_loss(half, terms).item(), 4)
+    0.7931
     """
 
     kind: str
