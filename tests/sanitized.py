@@ -50,7 +50,7 @@ def environment(libasan: str) -> dict[str, str]:
         **os.environ,
         "LD_PRELOAD": libasan,
         "PYTHONMALLOC": "malloc",
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": os.pathsep.join([str(BUILD / "lib"), str(ROOT / "tests"), str(ROOT)]),
         "PYTHONSAFEPATH": "1",  # not the source tree's own build

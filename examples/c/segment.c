@@ -41,10 +41,8 @@ int main(int argc, char **argv) {
     click.counter = ss_tensor_of(counter, SS_I64, 2, four);
     click.point = ss_tensor_of(point, SS_I64, 2, three);
     click.label = ss_tensor_of(&label, SS_I32, 1, s + 1);
-    ss_surface_metrics_args hd = {
-        .y_pred = prediction, .y = reference, .num_classes = 2, .dims = 3};
-    hd.percentile = 95;
-    hd.spacing = (ss_doubles){spacing, 3};
+    ss_surface_metrics_args hd = {.y_pred = prediction, .y = reference, .num_classes = 2};
+    hd.dims = 3, hd.percentile = 95, hd.spacing = (ss_doubles){spacing, 3};
     hd.stats = ss_tensor_of(stats, SS_F64, 3, of);
     ss_exec x = ss_exec_cpu(0); /* as many threads as there are cores */
     if (ss_edt(&x, &edt) || ss_components(&x, &components) || ss_next_click(&x, &click) ||

@@ -37,5 +37,5 @@ for case in {case.op: case for case in CASES}.values():
     on_torch = tensors(given)
     watched = [a for a in given if isinstance(a, np.ndarray)]
     watched_torch = [a for a in on_torch if isinstance(a, torch.Tensor)]
-    check(f"{case.id} numpy", lambda op=case.op, a=given: ops.call(op, *a), watched, times=60)
-    check(f"{case.id} torch", lambda op=case.op, a=on_torch: ops.call(op, *a), watched_torch, times=60)
+    check(f"{case.id} numpy", lambda op=case.op, a=given: ops.call(op, *a), watched, times=200)
+    check(f"{case.id} torch", lambda op=case.op, a=on_torch: ops.call(op, *a), watched_torch, times=200)
