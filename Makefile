@@ -8,8 +8,8 @@
 # make lib       build/lib/libsemisam.{a,so}, no Python needed
 # make install   PREFIX=/usr/local DESTDIR=
 #
-# Everything is built in build/. PIP_FLAGS goes to pip: where PyPI is the only index,
-# PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" saves gigabytes of CUDA.
+# Everything is built in build/. PIP_FLAGS goes to pip: an index with CPU builds of torch, named
+# there, saves gigabytes of CUDA packages.
 
 PYTHON ?= python3
 PREFIX ?= /usr/local
