@@ -67,19 +67,42 @@ static inline void fuse_numbers(arguments *a, int pass) {
     }
 }
 
-static inline void random_walker_numbers(arguments *a, int pass) {
-    a->probabilities = 1;
+/* N problems: every image once per class. */
+static inline void image_problems(arguments *a, int pass) {
     if (pass == 0) {
         int64_t images = 1 + (int64_t)below(a, 2), classes = 1 + (int64_t)below(a, 2);
         set_size(a, "B", images);
         set_int(a, "classes", classes);
         set_size(a, "N", images * classes);
     } else if (pass == 1) {
-        const ss_tensor *prior = argument(a, "prior");
         set_doubles(a, "spacing", 3, 1.0);
+    }
+}
+
+static inline void random_walker_numbers(arguments *a, int pass) {
+    a->probabilities = 1;
+    image_problems(a, pass);
+    if (pass == 1) {
+        const ss_tensor *prior = argument(a, "prior");
         if (!prior->data) {
             *(double *)argument(a, "gamma") = 0.0;
         }
+    }
+}
+
+static inline void connectivity_of_3d(arguments *a, int pass) {
+    const int64_t known[] = {6, 18, 26};
+    if (pass == 0) {
+        set_int(a, "connectivity", known[below(a, 3)]);
+    }
+}
+
+static inline void surface_numbers(arguments *a, int pass) {
+    if (pass == 0) {
+        set_int(a, "dims", 3);
+    } else if (pass == 1) {
+        set_doubles(a, "spacing", 3, 1.0);
+        set_doubles(a, "tolerance", get_int(a, "num_classes"), 1.0);
     }
 }
 
@@ -128,9 +151,15 @@ static inline void use_recipe(arguments *a, int pass) {
         const char *op;
         void (*apply)(arguments *, int);
     } recipes[] = {
-        {"specialist_targets", specialist_targets_sizes}, {"fuse", fuse_numbers},
-        {"random_walker", random_walker_numbers},         {"voxel_loss_forward", voxel_loss_terms},
+        {"specialist_targets", specialist_targets_sizes},
+        {"fuse", fuse_numbers},
+        {"random_walker", random_walker_numbers},
+        {"voxel_loss_forward", voxel_loss_terms},
         {"voxel_loss_backward", voxel_loss_terms},
+        {"geodesic", image_problems},
+        {"components", connectivity_of_3d},
+        {"keep_components", connectivity_of_3d},
+        {"surface_metrics", surface_numbers},
     };
     for (size_t i = 0; i < sizeof recipes / sizeof recipes[0]; ++i) {
         if (strcmp(recipes[i].op, a->spec->name) == 0) {

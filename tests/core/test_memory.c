@@ -35,7 +35,7 @@ static long fail_each(arguments *a, uint64_t expected, int32_t threads) {
         ss_exec x = ss_exec_cpu(threads);
         spoil_outputs(a);
         ss_status status = run_failing(&x, a, n, slots);
-        int reached = atomic_exchange(&fail_alloc, 0) == 0;
+        int reached = atomic_exchange(&fail_alloc, 0) <= 0; /* two threads may pass 0 */
         if (status == SS_OK) {
             CHECK(hash_arguments(a, 1) == expected, "%s: other bits when allocation %ld fails",
                   a->spec->name, n);
