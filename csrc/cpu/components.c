@@ -15,6 +15,10 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "lanes.h"
 
 #define SLAB_VOXELS (1 << 17)
@@ -99,10 +103,10 @@ static const uint8_t *row_bytes(const job *j, int64_t at, uint8_t *restrict buff
             buffer[i] = (uint8_t)(p[i] != 0);
         }
     } else {
-        const uint64_t *restrict p = (const uint64_t *)(const void *)j->image + at;
+        const uint32_t *restrict p = (const uint32_t *)(const void *)j->image + 2 * at;
         SS_SIMD
-        for (int64_t i = 0; i < n; ++i) {
-            buffer[i] = (uint8_t)(p[i] != 0);
+        for (int64_t i = 0; i < n; ++i) { /* in halves: SSE2 cannot compare 64 bits */
+            buffer[i] = (uint8_t)((p[2 * i] | p[2 * i + 1]) != 0);
         }
     }
     return buffer;
@@ -120,20 +124,35 @@ static inline uint64_t pack8(const uint8_t *m) {
     return (v * 0x0102040810204080u) >> 56;
 }
 
-/* Up to 64 bytes to bits; most of a scan is background, which costs a look at each word. */
-static inline uint64_t pack64(const uint8_t *m, int64_t n) {
-    uint64_t v = 0, any = 0;
+/* Whether any of n bytes is not 0: most rows of a scan are background. */
+static inline int any_byte(const uint8_t *m, int64_t n) {
+    uint64_t word, any = 0;
     int64_t i = 0;
-    if (n == 64) {
-        for (int b = 0; b < 8; ++b) {
-            uint64_t word;
-            memcpy(&word, m + 8 * b, 8);
-            any |= word;
-        }
-        if (!any) {
-            return 0;
-        }
+    for (; i + 8 <= n; i += 8) {
+        memcpy(&word, m + i, 8);
+        any |= word;
     }
+    for (; i < n; ++i) {
+        any |= m[i];
+    }
+    return any != 0;
+}
+
+/* Up to 64 bytes to bits. */
+static inline uint64_t pack64(const uint8_t *m, int64_t n) {
+#if defined(__AVX512BW__)
+    __m512i bytes = _mm512_maskz_loadu_epi8(~(uint64_t)0 >> (64 - n), m);
+    return _mm512_test_epi8_mask(bytes, bytes);
+#else
+    uint64_t v = 0;
+    int64_t i = 0;
+#if defined(__SSE2__)
+    for (; i + 16 <= n; i += 16) {
+        __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)(m + i));
+        __m128i zero = _mm_cmpeq_epi8(bytes, _mm_setzero_si128());
+        v |= (uint64_t)(~_mm_movemask_epi8(zero) & 0xffff) << i;
+    }
+#endif
     for (; i + 8 <= n; i += 8) {
         v |= pack8(m + i) << i;
     }
@@ -141,6 +160,7 @@ static inline uint64_t pack64(const uint8_t *m, int64_t n) {
         v |= (uint64_t)(m[i] != 0) << i;
     }
     return v;
+#endif
 }
 
 static void pack_row(const uint8_t *restrict m, int64_t n, uint64_t *restrict bits) {
@@ -208,32 +228,43 @@ static int64_t count_values(const job *j, int64_t at) {
     return runs;
 }
 
+/* Bits of the rows of bundle (bz, by); 0, and nothing written, if there is no foreground. */
+static int pack_bundle(const job *j, int64_t bz, int64_t by, uint8_t *buffer) {
+    const int64_t *s = j->shape;
+    int64_t z0 = bz * j->side, z1 = z0 + j->side < s[0] ? z0 + j->side : s[0];
+    int64_t y0 = by * j->side, y1 = y0 + j->side < s[1] ? y0 + j->side : s[1];
+    int any = j->bytes > 1;
+    for (int64_t z = z0; z < z1 && !any; ++z) {
+        any = any_byte((const uint8_t *)j->image + (z * s[1] + y0) * s[2], (y1 - y0) * s[2]);
+    }
+    for (int64_t z = z0; z < z1 && any; ++z) {
+        for (int64_t y = y0; y < y1; ++y) {
+            uint64_t *bits = j->bits + (z * s[1] + y) * j->words;
+            bits[0] = bits[j->words - 2] = bits[j->words - 1] = 0;
+            pack_row(row_bytes(j, (z * s[1] + y) * s[2], buffer), s[2], bits + 1);
+        }
+    }
+    return any;
+}
+
 /* Bits of planes begin..end-1 of bundles, and how many runs each bundle has. */
 static void count_runs(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     job *j = ctx;
     uint8_t *buffer = j->buffer + thread * j->shape[2];
     uint64_t *part = j->parts + 2 * thread * j->words;
-    for (int64_t bz = begin; bz < end; ++bz) {
-        int64_t z1 = (bz + 1) * j->side < j->shape[0] ? (bz + 1) * j->side : j->shape[0];
-        for (int64_t r = bz * j->side * j->shape[1]; !j->by_value && r < z1 * j->shape[1]; ++r) {
-            uint64_t *bits = j->bits + r * j->words;
-            bits[0] = bits[j->words - 2] = bits[j->words - 1] = 0;
-            pack_row(row_bytes(j, r * j->shape[2], buffer), j->shape[2], bits + 1);
-        }
-        for (int64_t by = 0; by < j->rows; ++by) {
-            int64_t runs = 0;
-            if (j->by_value) {
-                runs = count_values(j, (bz * j->rows + by) * j->shape[2]);
-            } else {
-                const uint64_t *bits = bundle_bits(j, bz, by, j->side == 1 ? 1 : 15, part);
-                uint64_t *starts = j->starts + (bz * j->rows + by) * j->words;
-                for (int64_t k = 1; k < j->words - 1; ++k) {
-                    starts[k] = bits[k] & ~(bits[k] << 1 | bits[k - 1] >> 63);
-                    runs += __builtin_popcountll(starts[k]);
-                }
+    for (int64_t b = begin * j->rows; b < end * j->rows; ++b) {
+        int64_t bz = b / j->rows, by = b % j->rows, runs = 0;
+        if (j->by_value) {
+            runs = count_values(j, b * j->shape[2]);
+        } else if (pack_bundle(j, bz, by, buffer)) {
+            const uint64_t *bits = bundle_bits(j, bz, by, j->side == 1 ? 1 : 15, part);
+            uint64_t *starts = j->starts + b * j->words;
+            for (int64_t k = 1; k < j->words - 1; ++k) {
+                starts[k] = bits[k] & ~(bits[k] << 1 | bits[k - 1] >> 63);
+                runs += __builtin_popcountll(starts[k]);
             }
-            j->offset[bz * j->rows + by + 1] = (int32_t)runs;
         }
+        j->offset[b + 1] = (int32_t)runs;
     }
 }
 
@@ -601,23 +632,48 @@ static void put_row(const job *j, int64_t r, int64_t bundle) {
     }
 }
 
+/* Whether a mask keeps all of a bundle's runs (1), none (0) or some (-1). */
+static int kept_runs(const job *j, int64_t bundle) {
+    int some = 0, all = 1;
+    for (int32_t run = j->offset[bundle]; run < j->offset[bundle + 1]; ++run) {
+        int keep = j->keep[j->parent[run]];
+        some |= keep;
+        all &= keep;
+    }
+    return all ? some : -some;
+}
+
+static void paint_row(const job *j, int64_t r, int64_t bundle) {
+    int64_t at = r * j->shape[2];
+    if (j->by_value) {
+        for (int32_t run = j->offset[bundle]; run < j->offset[bundle + 1]; ++run) {
+            put(j, r, j->begin[run], j->end[run], run);
+        }
+        return;
+    }
+    int kept = j->labels ? -1 : kept_runs(j, bundle);
+    if (kept < 0) {
+        put_row(j, r, bundle);
+    } else if (kept) {
+        memcpy(j->kept + at, j->image + at, (size_t)j->shape[2]);
+    }
+}
+
 static void paint(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const job *j = ctx;
-    int64_t h = j->shape[1], w = j->shape[2];
+    int64_t h = j->shape[1], n = h * j->shape[2];
     (void)thread;
-    for (int64_t r = begin * h; r < end * h; ++r) {
-        int64_t bundle = r / h / j->side * j->rows + r % h / j->side;
+    for (int64_t z = begin; z < end; ++z) {
         if (j->labels) {
-            memset(j->labels + r * w, 0, (size_t)w * sizeof *j->labels);
+            memset(j->labels + z * n, 0, (size_t)n * sizeof *j->labels);
         } else {
-            memset(j->kept + r * w, 0, (size_t)w);
+            memset(j->kept + z * n, 0, (size_t)n);
         }
-        int32_t run = j->offset[bundle], last = j->offset[bundle + 1];
-        if (run < last && !j->by_value) {
-            put_row(j, r, bundle);
-        }
-        for (; run < last && j->by_value; ++run) {
-            put(j, r, j->begin[run], j->end[run], run);
+        for (int64_t y = 0; y < h; ++y) {
+            int64_t bundle = z / j->side * j->rows + y / j->side;
+            if (j->offset[bundle] < j->offset[bundle + 1]) {
+                paint_row(j, z * h + y, bundle);
+            }
         }
     }
 }
