@@ -56,7 +56,6 @@ typedef struct job {
     uint64_t *bits;        /* foreground, one row after the other */
     uint64_t *starts;      /* the first column of every run of every bundle */
     uint8_t *buffer;       /* one row of bytes per thread */
-    uint64_t *parts;       /* two rows of bits per thread */
     int32_t *offset;       /* of each bundle's first run; one more at the end */
     int32_t *begin, *end;  /* columns of each run */
     int32_t *parent;       /* an earlier run of the same component, or itself */
@@ -124,20 +123,6 @@ static inline uint64_t pack8(const uint8_t *m) {
     return (v * 0x0102040810204080u) >> 56;
 }
 
-/* Whether any of n bytes is not 0: most rows of a scan are background. */
-static inline int any_byte(const uint8_t *m, int64_t n) {
-    uint64_t word, any = 0;
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        memcpy(&word, m + i, 8);
-        any |= word;
-    }
-    for (; i < n; ++i) {
-        any |= m[i];
-    }
-    return any != 0;
-}
-
 /* Up to 64 bytes to bits. */
 static inline uint64_t pack64(const uint8_t *m, int64_t n) {
 #if defined(__AVX512BW__)
@@ -163,6 +148,16 @@ static inline uint64_t pack64(const uint8_t *m, int64_t n) {
 #endif
 }
 
+/* Whether any of n bytes is not 0: most rows of a scan are background. */
+static inline int any_byte(const uint8_t *m, int64_t n) {
+    uint64_t any = 0;
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        any |= pack64(m + i, 64);
+    }
+    return (any | (i < n ? pack64(m + i, n - i) : 0)) != 0;
+}
+
 static void pack_row(const uint8_t *restrict m, int64_t n, uint64_t *restrict bits) {
     int64_t full = n / 64;
     for (int64_t k = 0; k < full; ++k) {
@@ -177,38 +172,36 @@ static const uint64_t *row_bits(const job *j, int64_t z, int64_t y) {
     return j->bits + (z * j->shape[1] + y) * j->words;
 }
 
-/* The union of those rows of bundle (bz, by) that `which` names. */
-static const uint64_t *bundle_bits(const job *j, int64_t bz, int64_t by, int which,
-                                   uint64_t *restrict out) {
-    const uint64_t *only = NULL;
-    int found = 0;
-    for (int r = 0; r < 4; ++r) {
+/* Those rows of bundle (bz, by) that `which` names and the volume has (the lowest always); that one
+ * again in the places that are left, so that the union of all `count` is the union of the rows. */
+static inline void bundle_rows(const job *j, int64_t bz, int64_t by, int which, int count,
+                               const uint64_t **row) {
+    int lowest = __builtin_ctz((unsigned)which), found = 1;
+    const uint64_t *first = row_bits(j, bz * j->side + lowest / 2, by * j->side + lowest % 2);
+    for (int i = 0; i < count; ++i) {
+        row[i] = first;
+    }
+    for (int r = lowest + 1; r < 4; ++r) {
         int64_t z = bz * j->side + r / 2, y = by * j->side + r % 2;
-        if (!((which >> r) & 1) || z >= j->shape[0] || y >= j->shape[1]) {
-            continue;
-        }
-        const uint64_t *restrict bits = row_bits(j, z, y);
-        if (++found == 1) {
-            only = bits;
-            continue;
-        }
-        const uint64_t *restrict so_far = found == 2 ? only : out;
-        for (int64_t k = 0; k < j->words; ++k) {
-            out[k] = so_far[k] | bits[k];
+        if (((which >> r) & 1) && z < j->shape[0] && y < j->shape[1]) {
+            row[found++] = row_bits(j, z, y);
         }
     }
-    if (!found) {
-        memset(out, 0, (size_t)j->words * sizeof *out);
-    }
-    return found == 1 ? only : out;
+}
+
+static inline uint64_t of_two(const uint64_t *const *row, int64_t k) {
+    return row[0][k] | row[1][k];
+}
+
+static inline uint64_t of_four(const uint64_t *const *row, int64_t k) {
+    return row[0][k] | row[1][k] | row[2][k] | row[3][k];
 }
 
 /* 64 bits from column x, which may be -1. */
 static inline uint64_t bits_from(const uint64_t *bits, int64_t x) {
     int64_t at = x + 64; /* behind the empty word */
     int shift = (int)(at & 63);
-    uint64_t v = bits[at >> 6] >> shift;
-    return shift ? v | bits[(at >> 6) + 1] << (64 - shift) : v;
+    return bits[at >> 6] >> shift | bits[(at >> 6) + 1] << 1 << (63 - shift);
 }
 
 static inline uint64_t mask_below(int64_t n) {
@@ -251,16 +244,18 @@ static int pack_bundle(const job *j, int64_t bz, int64_t by, uint8_t *buffer) {
 static void count_runs(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     job *j = ctx;
     uint8_t *buffer = j->buffer + thread * j->shape[2];
-    uint64_t *part = j->parts + 2 * thread * j->words;
     for (int64_t b = begin * j->rows; b < end * j->rows; ++b) {
         int64_t bz = b / j->rows, by = b % j->rows, runs = 0;
         if (j->by_value) {
             runs = count_values(j, b * j->shape[2]);
         } else if (pack_bundle(j, bz, by, buffer)) {
-            const uint64_t *bits = bundle_bits(j, bz, by, j->side == 1 ? 1 : 15, part);
-            uint64_t *starts = j->starts + b * j->words;
+            const uint64_t *row[4];
+            uint64_t *starts = j->starts + b * j->words, before = 0;
+            bundle_rows(j, bz, by, j->side == 1 ? 1 : 15, 4, row);
             for (int64_t k = 1; k < j->words - 1; ++k) {
-                starts[k] = bits[k] & ~(bits[k] << 1 | bits[k - 1] >> 63);
+                uint64_t bits = of_four(row, k);
+                starts[k] = bits & ~(bits << 1 | before >> 63);
+                before = bits;
                 runs += __builtin_popcountll(starts[k]);
             }
         }
@@ -289,11 +284,13 @@ static void put_values(job *j, int64_t row) {
     }
 }
 
-static void put_bits(job *j, int64_t bundle, const uint64_t *bits) {
+static void put_bits(job *j, int64_t bundle, const uint64_t *const *row) {
     int32_t run = j->offset[bundle], run_end = run;
+    uint64_t before = 0;
     for (int64_t k = 1; k < j->words - 1; ++k) {
-        uint64_t starts = bits[k] & ~(bits[k] << 1 | bits[k - 1] >> 63);
-        uint64_t ends = ~bits[k] & (bits[k] << 1 | bits[k - 1] >> 63);
+        uint64_t bits = of_four(row, k), shifted = bits << 1 | before >> 63;
+        uint64_t starts = bits & ~shifted, ends = shifted & ~bits;
+        before = bits;
         for (; starts; starts &= starts - 1) {
             j->parent[run] = run;
             j->begin[run++] = (int32_t)((k - 1) * 64 + __builtin_ctzll(starts));
@@ -304,31 +301,40 @@ static void put_bits(job *j, int64_t bundle, const uint64_t *bits) {
     }
 }
 
-/* First voxel and size of a run of bundle (bz, by). */
-static void measure(job *j, int64_t bz, int64_t by, int32_t run) {
-    int64_t a = j->begin[run], b = j->end[run];
-    int64_t first = -1, size = 0;
+/* First voxel and size of the runs of bundle (bz, by), whose rows are `row`. */
+static void measure(job *j, int64_t bz, int64_t by, const uint64_t *const *row) {
+    int64_t bundle = bz * j->rows + by, h = j->shape[1], w = j->shape[2];
+    int64_t at = (bz * j->side * h + by * j->side) * w;
     if (j->side == 1) {
-        j->first[run] = (int32_t)((bz * j->rows + by) * j->shape[2] + a);
-        j->size[run] = (int32_t)(b - a);
+        for (int32_t run = j->offset[bundle]; run < j->offset[bundle + 1]; ++run) {
+            j->first[run] = (int32_t)(at + j->begin[run]);
+            j->size[run] = j->end[run] - j->begin[run];
+        }
         return;
     }
-    for (int r = 0; r < 4 && (first < 0 || j->wants_sizes); ++r) {
-        int64_t z = 2 * bz + r / 2, y = 2 * by + r % 2;
-        if (z >= j->shape[0] || y >= j->shape[1]) {
-            continue;
-        }
-        const uint64_t *bits = row_bits(j, z, y);
-        for (int64_t x = a; x < b; x += 64) {
-            uint64_t v = bits_from(bits, x) & mask_below(b - x);
-            if (v && first < 0) {
-                first = (z * j->shape[1] + y) * j->shape[2] + x + __builtin_ctzll(v);
+    int z2 = 2 * bz + 1 < j->shape[0], y2 = 2 * by + 1 < h;
+    const uint64_t *upper = y2 ? row[1] : row[0], *lower = z2 ? row[1 + y2] : row[0];
+    const uint64_t *last = y2 && z2 ? row[3] : row[0];
+    uint64_t in_y = y2 ? ~(uint64_t)0 : 0, in_z = z2 ? ~(uint64_t)0 : 0;
+    for (int32_t run = j->offset[bundle]; run < j->offset[bundle + 1]; ++run) {
+        int64_t first[4] = {-1, -1, -1, -1}, size = 0;
+        for (int64_t x = j->begin[run]; x < j->end[run]; x += 64) {
+            uint64_t mask = mask_below(j->end[run] - x);
+            uint64_t v[4] = {bits_from(row[0], x) & mask, bits_from(upper, x) & mask & in_y,
+                             bits_from(lower, x) & mask & in_z,
+                             bits_from(last, x) & mask & in_y & in_z};
+            for (int r = 0; r < 4; ++r) {
+                int64_t place =
+                    at + (r / 2 * h + r % 2) * w + x + __builtin_ctzll(v[r] | (uint64_t)1 << 63);
+                first[r] = first[r] < 0 && v[r] ? place : first[r];
+                size += __builtin_popcountll(v[r]);
             }
-            size += __builtin_popcountll(v);
         }
+        int64_t in_first = first[0] >= 0 ? first[0] : first[1];
+        int64_t in_second = first[2] >= 0 ? first[2] : first[3];
+        j->first[run] = (int32_t)(in_first >= 0 ? in_first : in_second);
+        j->size[run] = (int32_t)size;
     }
-    j->first[run] = (int32_t)first;
-    j->size[run] = (int32_t)size;
 }
 
 /* ---- joins ---------------------------------------------------------------------------------- */
@@ -355,7 +361,7 @@ typedef struct meeting {
     job *j;
     int reach;
     int64_t p, q;
-    const uint64_t *here, *there;
+    const uint64_t *here[4], *there[4];
 } meeting;
 
 /* Joins by bits. Runs that face each other in some column are joined in the first such column; runs
@@ -363,21 +369,23 @@ typedef struct meeting {
  * counting the starts up to it. */
 static void join_bits(const meeting *m) {
     const job *j = m->j;
-    const uint64_t *a = m->here, *b = m->there;
+    uint64_t a_last = 0, b_last = 0;
     const uint64_t *starts_a = j->starts + m->p * j->words, *starts_b = j->starts + m->q * j->words;
     int32_t run_a = j->offset[m->p] - 1, run_b = j->offset[m->q] - 1;
     for (int64_t k = 1; k < j->words - 1; ++k) {
-        uint64_t both = a[k] & b[k];
-        uint64_t a_before = a[k] << 1 | a[k - 1] >> 63, b_before = b[k] << 1 | b[k - 1] >> 63;
-        both &= ~(a_before & b_before);
+        uint64_t a = of_two(m->here, k), b = of_two(m->there, k);
+        uint64_t a_before = a << 1 | a_last >> 63, b_before = b << 1 | b_last >> 63;
+        uint64_t both = a & b & ~(a_before & b_before);
+        a_last = a;
+        b_last = b;
         for (; both; both &= both - 1) {
             uint64_t upto = both ^ (both - 1);
             join(j->parent, run_a + __builtin_popcountll(starts_a[k] & upto),
                  run_b + __builtin_popcountll(starts_b[k] & upto));
         }
         if (m->reach) {
-            uint64_t b_first = a[k] & b_before & ~(b[k] | a_before);
-            uint64_t a_first = b[k] & a_before & ~(a[k] | b_before);
+            uint64_t b_first = a & b_before & ~(b | a_before);
+            uint64_t a_first = b & a_before & ~(a | b_before);
             for (; b_first; b_first &= b_first - 1) {
                 uint64_t upto = b_first ^ (b_first - 1);
                 join(j->parent, run_a + __builtin_popcountll(starts_a[k] & upto),
@@ -428,7 +436,7 @@ static void join_values(const meeting *m) {
 }
 
 /* Joins plane bz of bundles with itself (`across` 0) or with the plane before (1). */
-static void join_plane(job *j, int64_t bz, int across, uint64_t *part) {
+static void join_plane(job *j, int64_t bz, int across) {
     for (int f = 0; f < j->facings; ++f) {
         const facing *to = &j->facing[f];
         if ((to->dz != 0) != across) {
@@ -442,13 +450,17 @@ static void join_plane(job *j, int64_t bz, int across, uint64_t *part) {
             if (j->offset[p] == j->offset[p + 1] || j->offset[q] == j->offset[q + 1]) {
                 continue;
             }
-            meeting m = {j, to->reach, p, q, NULL, NULL};
+            meeting m;
+            m.j = j;
+            m.reach = to->reach;
+            m.p = p;
+            m.q = q;
             if (j->by_value) {
                 join_values(&m);
                 continue;
             }
-            m.here = bundle_bits(j, bz, by, to->here, part);
-            m.there = bundle_bits(j, bz + to->dz, by + to->dy, to->there, part + j->words);
+            bundle_rows(j, bz, by, to->here, 2, m.here);
+            bundle_rows(j, bz + to->dz, by + to->dy, to->there, 2, m.there);
             join_bits(&m);
         }
     }
@@ -457,7 +469,7 @@ static void join_plane(job *j, int64_t bz, int across, uint64_t *part) {
 /* Slabs of planes: their runs, and all joins inside them. */
 static void join_slabs(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     job *j = ctx;
-    uint64_t *part = j->parts + 2 * thread * j->words;
+    (void)thread;
     for (int64_t s = begin; s < end; ++s) {
         int64_t z1 = (s + 1) * j->slab < j->planes ? (s + 1) * j->slab : j->planes;
         for (int64_t bz = s * j->slab; bz < z1; ++bz) {
@@ -466,18 +478,18 @@ static void join_slabs(void *ctx, int64_t begin, int64_t end, int32_t thread) {
                 if (j->offset[bundle] == j->offset[bundle + 1]) {
                     continue;
                 }
+                const uint64_t *row[4];
                 if (j->by_value) {
                     put_values(j, bundle);
                 } else {
-                    put_bits(j, bundle, bundle_bits(j, bz, by, j->side == 1 ? 1 : 15, part));
+                    bundle_rows(j, bz, by, j->side == 1 ? 1 : 15, 4, row);
+                    put_bits(j, bundle, row);
                 }
-                for (int32_t run = j->offset[bundle]; run < j->offset[bundle + 1]; ++run) {
-                    measure(j, bz, by, run);
-                }
+                measure(j, bz, by, row);
             }
-            join_plane(j, bz, 0, part);
+            join_plane(j, bz, 0);
             if (bz > s * j->slab) {
-                join_plane(j, bz, 1, part);
+                join_plane(j, bz, 1);
             }
         }
     }
@@ -506,9 +518,8 @@ static ss_status make_runs(ss_exec *x, job *j) {
     j->bits = ss_scratch(x, j->by_value ? 0 : rows * j->words, sizeof *j->bits);
     j->starts = ss_scratch(x, j->by_value ? 0 : bundles * j->words, sizeof *j->starts);
     j->buffer = ss_scratch(x, threads * j->shape[2], 1);
-    j->parts = ss_scratch(x, 2 * threads * j->words, sizeof *j->parts);
     j->offset = ss_scratch(x, bundles + 1, sizeof *j->offset);
-    if (!j->bits || !j->starts || !j->buffer || !j->parts || !j->offset) {
+    if (!j->bits || !j->starts || !j->buffer || !j->offset) {
         return SS_NO_MEMORY;
     }
     ss_parallel_for(x, j->planes, j->slab, count_runs, j);
@@ -534,7 +545,7 @@ static void join_all(ss_exec *x, job *j) {
     int32_t runs = j->offset[j->planes * j->rows];
     ss_parallel_for(x, slabs, 1, join_slabs, j);
     for (int64_t s = 1; s < slabs; ++s) {
-        join_plane(j, s * j->slab, 1, j->parts);
+        join_plane(j, s * j->slab, 1);
     }
     for (int32_t i = 0; i < runs; ++i) { /* a parent comes earlier, so it is final already */
         int32_t root = j->parent[j->parent[i]];
@@ -550,7 +561,6 @@ static void free_runs(job *j) {
     ss_scratch_free(j->bits);
     ss_scratch_free(j->starts);
     ss_scratch_free(j->buffer);
-    ss_scratch_free(j->parts);
     ss_scratch_free(j->offset);
     ss_scratch_free(j->begin);
 }
@@ -662,6 +672,7 @@ static void paint_row(const job *j, int64_t r, int64_t bundle) {
 static void paint(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const job *j = ctx;
     int64_t h = j->shape[1], n = h * j->shape[2];
+    int half = j->side - 1;
     (void)thread;
     for (int64_t z = begin; z < end; ++z) {
         if (j->labels) {
@@ -670,7 +681,7 @@ static void paint(void *ctx, int64_t begin, int64_t end, int32_t thread) {
             memset(j->kept + z * n, 0, (size_t)n);
         }
         for (int64_t y = 0; y < h; ++y) {
-            int64_t bundle = z / j->side * j->rows + y / j->side;
+            int64_t bundle = (z >> half) * j->rows + (y >> half);
             if (j->offset[bundle] < j->offset[bundle + 1]) {
                 paint_row(j, z * h + y, bundle);
             }
