@@ -44,7 +44,6 @@ typedef struct job {
     int64_t shape[3];
     size_t bytes; /* of an element: nonzero and equal are all that is asked of a value */
     int by_value;
-    int wants_sizes;
 
     int side;             /* rows of a bundle along each axis: 1 or 2 */
     int64_t planes, rows; /* bundles along z and y */
@@ -301,39 +300,78 @@ static void put_bits(job *j, int64_t bundle, const uint64_t *const *row) {
     }
 }
 
-/* First voxel and size of the runs of bundle (bz, by), whose rows are `row`. */
-static void measure(job *j, int64_t bz, int64_t by, const uint64_t *const *row) {
-    int64_t bundle = bz * j->rows + by, h = j->shape[1], w = j->shape[2];
-    int64_t at = (bz * j->side * h + by * j->side) * w;
+/* The rows of a bundle for measuring: those that the volume has not are masked out. */
+typedef struct measured {
+    const uint64_t *row[4];
+    uint64_t in[4];
+    int64_t at[4]; /* of their first voxels */
+} measured;
+
+static measured rows_to_measure(const job *j, int64_t bz, int64_t by) {
+    measured m;
+    for (int r = 0; r < 4; ++r) {
+        int64_t z = bz * 2 + r / 2, y = by * 2 + r % 2;
+        int in = z < j->shape[0] && y < j->shape[1];
+        m.row[r] = in ? row_bits(j, z, y) : row_bits(j, bz * 2, by * 2);
+        m.in[r] = in ? ~(uint64_t)0 : 0;
+        m.at[r] = (z * j->shape[1] + y) * j->shape[2];
+    }
+    return m;
+}
+
+/* First voxel and size of a run of at most 64 columns, which almost all are. */
+static inline void measure_short(const measured *m, int64_t begin, int64_t end, int32_t *first,
+                                 int32_t *size) {
+    uint64_t mask = mask_below(end - begin);
+    uint64_t a = bits_from(m->row[0], begin) & mask;
+    uint64_t b = bits_from(m->row[1], begin) & mask & m->in[1];
+    uint64_t c = bits_from(m->row[2], begin) & mask & m->in[2];
+    uint64_t d = bits_from(m->row[3], begin) & mask & m->in[3];
+    uint64_t v = c ? c : d;
+    int64_t at = c ? m->at[2] : m->at[3];
+    v = b ? b : v;
+    at = b ? m->at[1] : at;
+    v = a ? a : v;
+    at = a ? m->at[0] : at;
+    *first = (int32_t)(at + begin + __builtin_ctzll(v));
+    *size = __builtin_popcountll(a) + __builtin_popcountll(b) + __builtin_popcountll(c) +
+            __builtin_popcountll(d);
+}
+
+static void measure_long(const measured *m, int64_t begin, int64_t end, int32_t *first,
+                         int32_t *size) {
+    *first = -1;
+    *size = 0;
+    for (int r = 0; r < 4; ++r) {
+        for (int64_t x = begin; x < end; x += 64) {
+            uint64_t v = bits_from(m->row[r], x) & mask_below(end - x) & m->in[r];
+            if (v && *first < 0) {
+                *first = (int32_t)(m->at[r] + x + __builtin_ctzll(v));
+            }
+            *size += __builtin_popcountll(v);
+        }
+    }
+}
+
+/* First voxels and sizes of the runs of bundle (bz, by). */
+static void measure(job *j, int64_t bz, int64_t by) {
+    int64_t bundle = bz * j->rows + by;
+    int32_t run = j->offset[bundle], last = j->offset[bundle + 1];
     if (j->side == 1) {
-        for (int32_t run = j->offset[bundle]; run < j->offset[bundle + 1]; ++run) {
-            j->first[run] = (int32_t)(at + j->begin[run]);
+        for (; run < last; ++run) {
+            j->first[run] = (int32_t)(bundle * j->shape[2] + j->begin[run]);
             j->size[run] = j->end[run] - j->begin[run];
         }
         return;
     }
-    int z2 = 2 * bz + 1 < j->shape[0], y2 = 2 * by + 1 < h;
-    const uint64_t *upper = y2 ? row[1] : row[0], *lower = z2 ? row[1 + y2] : row[0];
-    const uint64_t *last = y2 && z2 ? row[3] : row[0];
-    uint64_t in_y = y2 ? ~(uint64_t)0 : 0, in_z = z2 ? ~(uint64_t)0 : 0;
-    for (int32_t run = j->offset[bundle]; run < j->offset[bundle + 1]; ++run) {
-        int64_t first[4] = {-1, -1, -1, -1}, size = 0;
-        for (int64_t x = j->begin[run]; x < j->end[run]; x += 64) {
-            uint64_t mask = mask_below(j->end[run] - x);
-            uint64_t v[4] = {bits_from(row[0], x) & mask, bits_from(upper, x) & mask & in_y,
-                             bits_from(lower, x) & mask & in_z,
-                             bits_from(last, x) & mask & in_y & in_z};
-            for (int r = 0; r < 4; ++r) {
-                int64_t place =
-                    at + (r / 2 * h + r % 2) * w + x + __builtin_ctzll(v[r] | (uint64_t)1 << 63);
-                first[r] = first[r] < 0 && v[r] ? place : first[r];
-                size += __builtin_popcountll(v[r]);
-            }
+    measured m = rows_to_measure(j, bz, by);
+    for (; run < last; ++run) {
+        int64_t begin = j->begin[run], end = j->end[run];
+        if (end - begin <= 64) {
+            measure_short(&m, begin, end, &j->first[run], &j->size[run]);
+        } else {
+            measure_long(&m, begin, end, &j->first[run], &j->size[run]);
         }
-        int64_t in_first = first[0] >= 0 ? first[0] : first[1];
-        int64_t in_second = first[2] >= 0 ? first[2] : first[3];
-        j->first[run] = (int32_t)(in_first >= 0 ? in_first : in_second);
-        j->size[run] = (int32_t)size;
     }
 }
 
@@ -485,7 +523,7 @@ static void join_slabs(void *ctx, int64_t begin, int64_t end, int32_t thread) {
                     bundle_rows(j, bz, by, j->side == 1 ? 1 : 15, 4, row);
                     put_bits(j, bundle, row);
                 }
-                measure(j, bz, by, row);
+                measure(j, bz, by);
             }
             join_plane(j, bz, 0);
             if (bz > s * j->slab) {
@@ -767,7 +805,6 @@ static ss_status run_one(ss_exec *x, const batch *b, int64_t n) {
         j.labels = b->labels + n * voxels;
         return label_volume(x, &j, b->connectivity, b->count + n);
     }
-    j.wants_sizes = 1;
     j.kept = b->kept + n * voxels;
     return keep_volume(x, &j, b->connectivity, b->min_size);
 }
