@@ -989,6 +989,7 @@ def _edt_speed(
 _FAST = {"edt_edt": 5, "floor": 2.5}
 _ORGAN = {**_FAST, "edt_scipy": 50}
 SPEEDS += [
+    _edt_speed("40x50x35, 8 % full", lambda r: organ(r, (40, 50, 35), 0.08), {"edt_edt": 2.5}),
     _edt_speed("128^3, 8 % full", lambda r: organ(r, (128,) * 3, 0.08), _ORGAN, 7),
     _edt_speed("128^3, 50 % full", lambda r: organ(r, (128,) * 3, 0.5), _ORGAN, 7),
     _edt_speed("256^3, 8 % full", lambda r: organ(r, (256,) * 3, 0.08), _FAST, 3, False),

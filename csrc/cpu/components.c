@@ -15,6 +15,10 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "lanes.h"
 
 #define SLAB_VOXELS (1 << 17)
@@ -40,7 +44,6 @@ typedef struct job {
     int64_t shape[3];
     size_t bytes; /* of an element: nonzero and equal are all that is asked of a value */
     int by_value;
-    int wants_sizes;
 
     int side;             /* rows of a bundle along each axis: 1 or 2 */
     int64_t planes, rows; /* bundles along z and y */
@@ -52,7 +55,6 @@ typedef struct job {
     uint64_t *bits;        /* foreground, one row after the other */
     uint64_t *starts;      /* the first column of every run of every bundle */
     uint8_t *buffer;       /* one row of bytes per thread */
-    uint64_t *parts;       /* two rows of bits per thread */
     int32_t *offset;       /* of each bundle's first run; one more at the end */
     int32_t *begin, *end;  /* columns of each run */
     int32_t *parent;       /* an earlier run of the same component, or itself */
@@ -99,10 +101,10 @@ static const uint8_t *row_bytes(const job *j, int64_t at, uint8_t *restrict buff
             buffer[i] = (uint8_t)(p[i] != 0);
         }
     } else {
-        const uint64_t *restrict p = (const uint64_t *)(const void *)j->image + at;
+        const uint32_t *restrict p = (const uint32_t *)(const void *)j->image + 2 * at;
         SS_SIMD
-        for (int64_t i = 0; i < n; ++i) {
-            buffer[i] = (uint8_t)(p[i] != 0);
+        for (int64_t i = 0; i < n; ++i) { /* in halves: SSE2 cannot compare 64 bits */
+            buffer[i] = (uint8_t)((p[2 * i] | p[2 * i + 1]) != 0);
         }
     }
     return buffer;
@@ -120,20 +122,21 @@ static inline uint64_t pack8(const uint8_t *m) {
     return (v * 0x0102040810204080u) >> 56;
 }
 
-/* Up to 64 bytes to bits; most of a scan is background, which costs a look at each word. */
+/* Up to 64 bytes to bits. */
 static inline uint64_t pack64(const uint8_t *m, int64_t n) {
-    uint64_t v = 0, any = 0;
+#if defined(__AVX512BW__)
+    __m512i bytes = _mm512_maskz_loadu_epi8(~(uint64_t)0 >> (64 - n), m);
+    return _mm512_test_epi8_mask(bytes, bytes);
+#else
+    uint64_t v = 0;
     int64_t i = 0;
-    if (n == 64) {
-        for (int b = 0; b < 8; ++b) {
-            uint64_t word;
-            memcpy(&word, m + 8 * b, 8);
-            any |= word;
-        }
-        if (!any) {
-            return 0;
-        }
+#if defined(__SSE2__)
+    for (; i + 16 <= n; i += 16) {
+        __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)(m + i));
+        __m128i zero = _mm_cmpeq_epi8(bytes, _mm_setzero_si128());
+        v |= (uint64_t)(~_mm_movemask_epi8(zero) & 0xffff) << i;
     }
+#endif
     for (; i + 8 <= n; i += 8) {
         v |= pack8(m + i) << i;
     }
@@ -141,6 +144,17 @@ static inline uint64_t pack64(const uint8_t *m, int64_t n) {
         v |= (uint64_t)(m[i] != 0) << i;
     }
     return v;
+#endif
+}
+
+/* Whether any of n bytes is not 0: most rows of a scan are background. */
+static inline int any_byte(const uint8_t *m, int64_t n) {
+    uint64_t any = 0;
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        any |= pack64(m + i, 64);
+    }
+    return (any | (i < n ? pack64(m + i, n - i) : 0)) != 0;
 }
 
 static void pack_row(const uint8_t *restrict m, int64_t n, uint64_t *restrict bits) {
@@ -157,38 +171,36 @@ static const uint64_t *row_bits(const job *j, int64_t z, int64_t y) {
     return j->bits + (z * j->shape[1] + y) * j->words;
 }
 
-/* The union of those rows of bundle (bz, by) that `which` names. */
-static const uint64_t *bundle_bits(const job *j, int64_t bz, int64_t by, int which,
-                                   uint64_t *restrict out) {
-    const uint64_t *only = NULL;
-    int found = 0;
-    for (int r = 0; r < 4; ++r) {
+/* Those rows of bundle (bz, by) that `which` names and the volume has (the lowest always); that one
+ * again in the places that are left, so that the union of all `count` is the union of the rows. */
+static inline void bundle_rows(const job *j, int64_t bz, int64_t by, int which, int count,
+                               const uint64_t **row) {
+    int lowest = __builtin_ctz((unsigned)which), found = 1;
+    const uint64_t *first = row_bits(j, bz * j->side + lowest / 2, by * j->side + lowest % 2);
+    for (int i = 0; i < count; ++i) {
+        row[i] = first;
+    }
+    for (int r = lowest + 1; r < 4; ++r) {
         int64_t z = bz * j->side + r / 2, y = by * j->side + r % 2;
-        if (!((which >> r) & 1) || z >= j->shape[0] || y >= j->shape[1]) {
-            continue;
-        }
-        const uint64_t *restrict bits = row_bits(j, z, y);
-        if (++found == 1) {
-            only = bits;
-            continue;
-        }
-        const uint64_t *restrict so_far = found == 2 ? only : out;
-        for (int64_t k = 0; k < j->words; ++k) {
-            out[k] = so_far[k] | bits[k];
+        if (((which >> r) & 1) && z < j->shape[0] && y < j->shape[1]) {
+            row[found++] = row_bits(j, z, y);
         }
     }
-    if (!found) {
-        memset(out, 0, (size_t)j->words * sizeof *out);
-    }
-    return found == 1 ? only : out;
+}
+
+static inline uint64_t of_two(const uint64_t *const *row, int64_t k) {
+    return row[0][k] | row[1][k];
+}
+
+static inline uint64_t of_four(const uint64_t *const *row, int64_t k) {
+    return row[0][k] | row[1][k] | row[2][k] | row[3][k];
 }
 
 /* 64 bits from column x, which may be -1. */
 static inline uint64_t bits_from(const uint64_t *bits, int64_t x) {
     int64_t at = x + 64; /* behind the empty word */
     int shift = (int)(at & 63);
-    uint64_t v = bits[at >> 6] >> shift;
-    return shift ? v | bits[(at >> 6) + 1] << (64 - shift) : v;
+    return bits[at >> 6] >> shift | bits[(at >> 6) + 1] << 1 << (63 - shift);
 }
 
 static inline uint64_t mask_below(int64_t n) {
@@ -208,32 +220,45 @@ static int64_t count_values(const job *j, int64_t at) {
     return runs;
 }
 
+/* Bits of the rows of bundle (bz, by); 0, and nothing written, if there is no foreground. */
+static int pack_bundle(const job *j, int64_t bz, int64_t by, uint8_t *buffer) {
+    const int64_t *s = j->shape;
+    int64_t z0 = bz * j->side, z1 = z0 + j->side < s[0] ? z0 + j->side : s[0];
+    int64_t y0 = by * j->side, y1 = y0 + j->side < s[1] ? y0 + j->side : s[1];
+    int any = j->bytes > 1;
+    for (int64_t z = z0; z < z1 && !any; ++z) {
+        any = any_byte((const uint8_t *)j->image + (z * s[1] + y0) * s[2], (y1 - y0) * s[2]);
+    }
+    for (int64_t z = z0; z < z1 && any; ++z) {
+        for (int64_t y = y0; y < y1; ++y) {
+            uint64_t *bits = j->bits + (z * s[1] + y) * j->words;
+            bits[0] = bits[j->words - 2] = bits[j->words - 1] = 0;
+            pack_row(row_bytes(j, (z * s[1] + y) * s[2], buffer), s[2], bits + 1);
+        }
+    }
+    return any;
+}
+
 /* Bits of planes begin..end-1 of bundles, and how many runs each bundle has. */
 static void count_runs(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     job *j = ctx;
     uint8_t *buffer = j->buffer + thread * j->shape[2];
-    uint64_t *part = j->parts + 2 * thread * j->words;
-    for (int64_t bz = begin; bz < end; ++bz) {
-        int64_t z1 = (bz + 1) * j->side < j->shape[0] ? (bz + 1) * j->side : j->shape[0];
-        for (int64_t r = bz * j->side * j->shape[1]; !j->by_value && r < z1 * j->shape[1]; ++r) {
-            uint64_t *bits = j->bits + r * j->words;
-            bits[0] = bits[j->words - 2] = bits[j->words - 1] = 0;
-            pack_row(row_bytes(j, r * j->shape[2], buffer), j->shape[2], bits + 1);
-        }
-        for (int64_t by = 0; by < j->rows; ++by) {
-            int64_t runs = 0;
-            if (j->by_value) {
-                runs = count_values(j, (bz * j->rows + by) * j->shape[2]);
-            } else {
-                const uint64_t *bits = bundle_bits(j, bz, by, j->side == 1 ? 1 : 15, part);
-                uint64_t *starts = j->starts + (bz * j->rows + by) * j->words;
-                for (int64_t k = 1; k < j->words - 1; ++k) {
-                    starts[k] = bits[k] & ~(bits[k] << 1 | bits[k - 1] >> 63);
-                    runs += __builtin_popcountll(starts[k]);
-                }
+    for (int64_t b = begin * j->rows; b < end * j->rows; ++b) {
+        int64_t bz = b / j->rows, by = b % j->rows, runs = 0;
+        if (j->by_value) {
+            runs = count_values(j, b * j->shape[2]);
+        } else if (pack_bundle(j, bz, by, buffer)) {
+            const uint64_t *row[4];
+            uint64_t *starts = j->starts + b * j->words, before = 0;
+            bundle_rows(j, bz, by, j->side == 1 ? 1 : 15, 4, row);
+            for (int64_t k = 1; k < j->words - 1; ++k) {
+                uint64_t bits = of_four(row, k);
+                starts[k] = bits & ~(bits << 1 | before >> 63);
+                before = bits;
+                runs += __builtin_popcountll(starts[k]);
             }
-            j->offset[bz * j->rows + by + 1] = (int32_t)runs;
         }
+        j->offset[b + 1] = (int32_t)runs;
     }
 }
 
@@ -258,11 +283,13 @@ static void put_values(job *j, int64_t row) {
     }
 }
 
-static void put_bits(job *j, int64_t bundle, const uint64_t *bits) {
+static void put_bits(job *j, int64_t bundle, const uint64_t *const *row) {
     int32_t run = j->offset[bundle], run_end = run;
+    uint64_t before = 0;
     for (int64_t k = 1; k < j->words - 1; ++k) {
-        uint64_t starts = bits[k] & ~(bits[k] << 1 | bits[k - 1] >> 63);
-        uint64_t ends = ~bits[k] & (bits[k] << 1 | bits[k - 1] >> 63);
+        uint64_t bits = of_four(row, k), shifted = bits << 1 | before >> 63;
+        uint64_t starts = bits & ~shifted, ends = shifted & ~bits;
+        before = bits;
         for (; starts; starts &= starts - 1) {
             j->parent[run] = run;
             j->begin[run++] = (int32_t)((k - 1) * 64 + __builtin_ctzll(starts));
@@ -273,31 +300,79 @@ static void put_bits(job *j, int64_t bundle, const uint64_t *bits) {
     }
 }
 
-/* First voxel and size of a run of bundle (bz, by). */
-static void measure(job *j, int64_t bz, int64_t by, int32_t run) {
-    int64_t a = j->begin[run], b = j->end[run];
-    int64_t first = -1, size = 0;
+/* The rows of a bundle for measuring: those that the volume has not are masked out. */
+typedef struct measured {
+    const uint64_t *row[4];
+    uint64_t in[4];
+    int64_t at[4]; /* of their first voxels */
+} measured;
+
+static measured rows_to_measure(const job *j, int64_t bz, int64_t by) {
+    measured m;
+    for (int r = 0; r < 4; ++r) {
+        int64_t z = bz * 2 + r / 2, y = by * 2 + r % 2;
+        int in = z < j->shape[0] && y < j->shape[1];
+        m.row[r] = in ? row_bits(j, z, y) : row_bits(j, bz * 2, by * 2);
+        m.in[r] = in ? ~(uint64_t)0 : 0;
+        m.at[r] = (z * j->shape[1] + y) * j->shape[2];
+    }
+    return m;
+}
+
+/* First voxel and size of a run of at most 64 columns, which almost all are. */
+static inline void measure_short(const measured *m, int64_t begin, int64_t end, int32_t *first,
+                                 int32_t *size) {
+    uint64_t mask = mask_below(end - begin);
+    uint64_t a = bits_from(m->row[0], begin) & mask;
+    uint64_t b = bits_from(m->row[1], begin) & mask & m->in[1];
+    uint64_t c = bits_from(m->row[2], begin) & mask & m->in[2];
+    uint64_t d = bits_from(m->row[3], begin) & mask & m->in[3];
+    uint64_t v = c ? c : d;
+    int64_t at = c ? m->at[2] : m->at[3];
+    v = b ? b : v;
+    at = b ? m->at[1] : at;
+    v = a ? a : v;
+    at = a ? m->at[0] : at;
+    *first = (int32_t)(at + begin + __builtin_ctzll(v));
+    *size = __builtin_popcountll(a) + __builtin_popcountll(b) + __builtin_popcountll(c) +
+            __builtin_popcountll(d);
+}
+
+static void measure_long(const measured *m, int64_t begin, int64_t end, int32_t *first,
+                         int32_t *size) {
+    *first = -1;
+    *size = 0;
+    for (int r = 0; r < 4; ++r) {
+        for (int64_t x = begin; x < end; x += 64) {
+            uint64_t v = bits_from(m->row[r], x) & mask_below(end - x) & m->in[r];
+            if (v && *first < 0) {
+                *first = (int32_t)(m->at[r] + x + __builtin_ctzll(v));
+            }
+            *size += __builtin_popcountll(v);
+        }
+    }
+}
+
+/* First voxels and sizes of the runs of bundle (bz, by). */
+static void measure(job *j, int64_t bz, int64_t by) {
+    int64_t bundle = bz * j->rows + by;
+    int32_t run = j->offset[bundle], last = j->offset[bundle + 1];
     if (j->side == 1) {
-        j->first[run] = (int32_t)((bz * j->rows + by) * j->shape[2] + a);
-        j->size[run] = (int32_t)(b - a);
+        for (; run < last; ++run) {
+            j->first[run] = (int32_t)(bundle * j->shape[2] + j->begin[run]);
+            j->size[run] = j->end[run] - j->begin[run];
+        }
         return;
     }
-    for (int r = 0; r < 4 && (first < 0 || j->wants_sizes); ++r) {
-        int64_t z = 2 * bz + r / 2, y = 2 * by + r % 2;
-        if (z >= j->shape[0] || y >= j->shape[1]) {
-            continue;
-        }
-        const uint64_t *bits = row_bits(j, z, y);
-        for (int64_t x = a; x < b; x += 64) {
-            uint64_t v = bits_from(bits, x) & mask_below(b - x);
-            if (v && first < 0) {
-                first = (z * j->shape[1] + y) * j->shape[2] + x + __builtin_ctzll(v);
-            }
-            size += __builtin_popcountll(v);
+    measured m = rows_to_measure(j, bz, by);
+    for (; run < last; ++run) {
+        int64_t begin = j->begin[run], end = j->end[run];
+        if (end - begin <= 64) {
+            measure_short(&m, begin, end, &j->first[run], &j->size[run]);
+        } else {
+            measure_long(&m, begin, end, &j->first[run], &j->size[run]);
         }
     }
-    j->first[run] = (int32_t)first;
-    j->size[run] = (int32_t)size;
 }
 
 /* ---- joins ---------------------------------------------------------------------------------- */
@@ -324,7 +399,7 @@ typedef struct meeting {
     job *j;
     int reach;
     int64_t p, q;
-    const uint64_t *here, *there;
+    const uint64_t *here[4], *there[4];
 } meeting;
 
 /* Joins by bits. Runs that face each other in some column are joined in the first such column; runs
@@ -332,21 +407,23 @@ typedef struct meeting {
  * counting the starts up to it. */
 static void join_bits(const meeting *m) {
     const job *j = m->j;
-    const uint64_t *a = m->here, *b = m->there;
+    uint64_t a_last = 0, b_last = 0;
     const uint64_t *starts_a = j->starts + m->p * j->words, *starts_b = j->starts + m->q * j->words;
     int32_t run_a = j->offset[m->p] - 1, run_b = j->offset[m->q] - 1;
     for (int64_t k = 1; k < j->words - 1; ++k) {
-        uint64_t both = a[k] & b[k];
-        uint64_t a_before = a[k] << 1 | a[k - 1] >> 63, b_before = b[k] << 1 | b[k - 1] >> 63;
-        both &= ~(a_before & b_before);
+        uint64_t a = of_two(m->here, k), b = of_two(m->there, k);
+        uint64_t a_before = a << 1 | a_last >> 63, b_before = b << 1 | b_last >> 63;
+        uint64_t both = a & b & ~(a_before & b_before);
+        a_last = a;
+        b_last = b;
         for (; both; both &= both - 1) {
             uint64_t upto = both ^ (both - 1);
             join(j->parent, run_a + __builtin_popcountll(starts_a[k] & upto),
                  run_b + __builtin_popcountll(starts_b[k] & upto));
         }
         if (m->reach) {
-            uint64_t b_first = a[k] & b_before & ~(b[k] | a_before);
-            uint64_t a_first = b[k] & a_before & ~(a[k] | b_before);
+            uint64_t b_first = a & b_before & ~(b | a_before);
+            uint64_t a_first = b & a_before & ~(a | b_before);
             for (; b_first; b_first &= b_first - 1) {
                 uint64_t upto = b_first ^ (b_first - 1);
                 join(j->parent, run_a + __builtin_popcountll(starts_a[k] & upto),
@@ -397,7 +474,7 @@ static void join_values(const meeting *m) {
 }
 
 /* Joins plane bz of bundles with itself (`across` 0) or with the plane before (1). */
-static void join_plane(job *j, int64_t bz, int across, uint64_t *part) {
+static void join_plane(job *j, int64_t bz, int across) {
     for (int f = 0; f < j->facings; ++f) {
         const facing *to = &j->facing[f];
         if ((to->dz != 0) != across) {
@@ -411,13 +488,17 @@ static void join_plane(job *j, int64_t bz, int across, uint64_t *part) {
             if (j->offset[p] == j->offset[p + 1] || j->offset[q] == j->offset[q + 1]) {
                 continue;
             }
-            meeting m = {j, to->reach, p, q, NULL, NULL};
+            meeting m;
+            m.j = j;
+            m.reach = to->reach;
+            m.p = p;
+            m.q = q;
             if (j->by_value) {
                 join_values(&m);
                 continue;
             }
-            m.here = bundle_bits(j, bz, by, to->here, part);
-            m.there = bundle_bits(j, bz + to->dz, by + to->dy, to->there, part + j->words);
+            bundle_rows(j, bz, by, to->here, 2, m.here);
+            bundle_rows(j, bz + to->dz, by + to->dy, to->there, 2, m.there);
             join_bits(&m);
         }
     }
@@ -426,7 +507,7 @@ static void join_plane(job *j, int64_t bz, int across, uint64_t *part) {
 /* Slabs of planes: their runs, and all joins inside them. */
 static void join_slabs(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     job *j = ctx;
-    uint64_t *part = j->parts + 2 * thread * j->words;
+    (void)thread;
     for (int64_t s = begin; s < end; ++s) {
         int64_t z1 = (s + 1) * j->slab < j->planes ? (s + 1) * j->slab : j->planes;
         for (int64_t bz = s * j->slab; bz < z1; ++bz) {
@@ -435,18 +516,18 @@ static void join_slabs(void *ctx, int64_t begin, int64_t end, int32_t thread) {
                 if (j->offset[bundle] == j->offset[bundle + 1]) {
                     continue;
                 }
+                const uint64_t *row[4];
                 if (j->by_value) {
                     put_values(j, bundle);
                 } else {
-                    put_bits(j, bundle, bundle_bits(j, bz, by, j->side == 1 ? 1 : 15, part));
+                    bundle_rows(j, bz, by, j->side == 1 ? 1 : 15, 4, row);
+                    put_bits(j, bundle, row);
                 }
-                for (int32_t run = j->offset[bundle]; run < j->offset[bundle + 1]; ++run) {
-                    measure(j, bz, by, run);
-                }
+                measure(j, bz, by);
             }
-            join_plane(j, bz, 0, part);
+            join_plane(j, bz, 0);
             if (bz > s * j->slab) {
-                join_plane(j, bz, 1, part);
+                join_plane(j, bz, 1);
             }
         }
     }
@@ -475,9 +556,8 @@ static ss_status make_runs(ss_exec *x, job *j) {
     j->bits = ss_scratch(x, j->by_value ? 0 : rows * j->words, sizeof *j->bits);
     j->starts = ss_scratch(x, j->by_value ? 0 : bundles * j->words, sizeof *j->starts);
     j->buffer = ss_scratch(x, threads * j->shape[2], 1);
-    j->parts = ss_scratch(x, 2 * threads * j->words, sizeof *j->parts);
     j->offset = ss_scratch(x, bundles + 1, sizeof *j->offset);
-    if (!j->bits || !j->starts || !j->buffer || !j->parts || !j->offset) {
+    if (!j->bits || !j->starts || !j->buffer || !j->offset) {
         return SS_NO_MEMORY;
     }
     ss_parallel_for(x, j->planes, j->slab, count_runs, j);
@@ -503,7 +583,7 @@ static void join_all(ss_exec *x, job *j) {
     int32_t runs = j->offset[j->planes * j->rows];
     ss_parallel_for(x, slabs, 1, join_slabs, j);
     for (int64_t s = 1; s < slabs; ++s) {
-        join_plane(j, s * j->slab, 1, j->parts);
+        join_plane(j, s * j->slab, 1);
     }
     for (int32_t i = 0; i < runs; ++i) { /* a parent comes earlier, so it is final already */
         int32_t root = j->parent[j->parent[i]];
@@ -519,7 +599,6 @@ static void free_runs(job *j) {
     ss_scratch_free(j->bits);
     ss_scratch_free(j->starts);
     ss_scratch_free(j->buffer);
-    ss_scratch_free(j->parts);
     ss_scratch_free(j->offset);
     ss_scratch_free(j->begin);
 }
@@ -601,23 +680,49 @@ static void put_row(const job *j, int64_t r, int64_t bundle) {
     }
 }
 
+/* Whether a mask keeps all of a bundle's runs (1), none (0) or some (-1). */
+static int kept_runs(const job *j, int64_t bundle) {
+    int some = 0, all = 1;
+    for (int32_t run = j->offset[bundle]; run < j->offset[bundle + 1]; ++run) {
+        int keep = j->keep[j->parent[run]];
+        some |= keep;
+        all &= keep;
+    }
+    return all ? some : -some;
+}
+
+static void paint_row(const job *j, int64_t r, int64_t bundle) {
+    int64_t at = r * j->shape[2];
+    if (j->by_value) {
+        for (int32_t run = j->offset[bundle]; run < j->offset[bundle + 1]; ++run) {
+            put(j, r, j->begin[run], j->end[run], run);
+        }
+        return;
+    }
+    int kept = j->labels ? -1 : kept_runs(j, bundle);
+    if (kept < 0) {
+        put_row(j, r, bundle);
+    } else if (kept) {
+        memcpy(j->kept + at, j->image + at, (size_t)j->shape[2]);
+    }
+}
+
 static void paint(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const job *j = ctx;
-    int64_t h = j->shape[1], w = j->shape[2];
+    int64_t h = j->shape[1], n = h * j->shape[2];
+    int half = j->side - 1;
     (void)thread;
-    for (int64_t r = begin * h; r < end * h; ++r) {
-        int64_t bundle = r / h / j->side * j->rows + r % h / j->side;
+    for (int64_t z = begin; z < end; ++z) {
         if (j->labels) {
-            memset(j->labels + r * w, 0, (size_t)w * sizeof *j->labels);
+            memset(j->labels + z * n, 0, (size_t)n * sizeof *j->labels);
         } else {
-            memset(j->kept + r * w, 0, (size_t)w);
+            memset(j->kept + z * n, 0, (size_t)n);
         }
-        int32_t run = j->offset[bundle], last = j->offset[bundle + 1];
-        if (run < last && !j->by_value) {
-            put_row(j, r, bundle);
-        }
-        for (; run < last && j->by_value; ++run) {
-            put(j, r, j->begin[run], j->end[run], run);
+        for (int64_t y = 0; y < h; ++y) {
+            int64_t bundle = (z >> half) * j->rows + (y >> half);
+            if (j->offset[bundle] < j->offset[bundle + 1]) {
+                paint_row(j, z * h + y, bundle);
+            }
         }
     }
 }
@@ -700,7 +805,6 @@ static ss_status run_one(ss_exec *x, const batch *b, int64_t n) {
         j.labels = b->labels + n * voxels;
         return label_volume(x, &j, b->connectivity, b->count + n);
     }
-    j.wants_sizes = 1;
     j.kept = b->kept + n * voxels;
     return keep_volume(x, &j, b->connectivity, b->min_size);
 }

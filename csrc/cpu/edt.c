@@ -73,16 +73,15 @@ static int32_t *edt_room(const edt_job *job, int32_t thread) {
     return job->room + thread * job->room_size;
 }
 
-/* The first i >= from with (m[i] != 0) == wanted, or n. */
+/* The first i >= from with (m[i] != 0) == wanted, or n: eight at a time. */
 static inline int64_t edt_find(const uint8_t *m, int64_t from, int64_t n, int wanted) {
+    const uint64_t ones = 0x0101010101010101u;
     int64_t i = from;
-    if (wanted) {
-        uint64_t word = 0;
-        for (; i + 8 <= n; i += 8) {
-            memcpy(&word, m + i, 8);
-            if (word) {
-                break;
-            }
+    for (; i + 8 <= n; i += 8) {
+        uint64_t word;
+        memcpy(&word, m + i, 8);
+        if (wanted ? word != 0 : ((word - ones) & ~word & (ones << 7)) != 0) {
+            break; /* it is one of these */
         }
     }
     while (i < n && (m[i] != 0) != wanted) {

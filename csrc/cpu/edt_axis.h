@@ -94,29 +94,36 @@ static void EDT(bracketed)(const edt_line *a, const EDT_T *restrict f, const EDT
                            int64_t i, const int32_t *restrict row, int32_t *first, int32_t *last,
                            EDT_T *restrict out) {
     EDT_T best[EDT_LANES];
-    int32_t place[EDT_LANES];
+    EDT_T place[EDT_LANES]; /* p + 1, in the lanes' own type; 0: none yet */
     int32_t lo = *first, hi = *last;
+    SS_SIMD
     for (int l = 0; l < EDT_LANES; ++l) {
         best[l] = EDT_BIG(a);
-        place[l] = -1;
+        place[l] = 0;
     }
     for (int32_t p = lo; p <= hi; ++p) {
         const EDT_T *restrict g = f + row[p] * a->stride;
         EDT_T c = cost[row[p] < i ? i - row[p] : row[p] - i];
+        EDT_T number = (EDT_T)(p + 1);
         SS_SIMD
         for (int l = 0; l < EDT_LANES; ++l) {
             EDT_T v = (EDT_T)(g[l] + c);
-            place[l] = v < best[l] ? p : place[l];
+            place[l] = v < best[l] ? number : place[l];
             best[l] = v < best[l] ? v : best[l];
         }
     }
-    int32_t from = hi, to = lo;
-    for (int l = 0; l < EDT_LANES; ++l) { /* a lane without a finding keeps the whole bracket */
-        from = place[l] < 0 ? lo : (place[l] < from ? place[l] : from);
-        to = place[l] < 0 ? hi : (place[l] > to ? place[l] : to);
+    EDT_T from = (EDT_T)(hi + 1), to = (EDT_T)(lo + 1), all_from = to, all_to = from;
+    _Pragma("omp simd reduction(min : from) reduction(max : to)") for (int l = 0; l < EDT_LANES;
+                                                                       ++l) {
+        EDT_T least = place[l] == 0 ? all_from : place[l]; /* nothing found: the whole bracket */
+        EDT_T greatest = place[l] == 0 ? all_to : place[l];
+        from = least < from ? least : from;
+        to = greatest > to ? greatest : to;
     }
-    *first = from;
-    *last = to;
+    if (lo <= hi) { /* else there are no rows at all, and the bracket stays empty */
+        *first = (int32_t)from - 1;
+        *last = (int32_t)to - 1;
+    }
     EDT_T c = EDT(face)(a, cost, i);
     SS_SIMD
     for (int l = 0; l < EDT_LANES; ++l) {

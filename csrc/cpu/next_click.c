@@ -297,7 +297,7 @@ static void sum_errors(const patch *p, extent *fn, extent *fp) {
 }
 
 static ss_status click(patch *p) {
-    const int64_t grain = 1 + (int64_t)(1 << 17) / (SS_LINES * p->width);
+    const int64_t grain = 1 + (int64_t)(1 << 19) / (SS_LINES * p->width);
     extent fn, fp;
     ss_parallel_for(p->x, p->items, grain, scan, p);
     sum_errors(p, &fn, &fp);
