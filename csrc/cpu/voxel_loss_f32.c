@@ -18,6 +18,9 @@
 #define VL_FUSED_FORWARD(k, sums) fused_forward(k, sums)
 #define VL_FUSED_BACKWARD(k, by) fused_backward(k, by)
 
+#define VL_PAIR_FORWARD(k, at, end, sums) pair_forward(k, at, end, sums)
+#define VL_PAIR_BACKWARD(k, at, end, by, out) pair_backward(k, at, end, by, out)
+
 #define VL_KEEP_IF keep_if
 
 /* v or 0, by masking: gcc turns a select whose result is summed into a branch around the sum. */
@@ -28,7 +31,12 @@ static inline float keep_if(int32_t yes, float v) {
 struct vl_block;
 static int fused_forward(struct vl_block *k, double *sums);
 static int fused_backward(struct vl_block *k, const double *by);
+static int64_t pair_forward(struct vl_block *k, int64_t offset, int64_t end, double *sums);
+static int64_t pair_backward(struct vl_block *k, int64_t offset, int64_t end, const double *by,
+                             const ss_tensor *out);
 
 #include "voxel_loss_sweep.h"
 
 #include "voxel_loss_fused.h"
+
+#include "voxel_loss_pair.h"

@@ -17,6 +17,8 @@
 #define VL_STORE store_f64
 #define VL_FUSED_FORWARD(k, sums) 0
 #define VL_FUSED_BACKWARD(k, by) 0
+#define VL_PAIR_FORWARD(k, at, end, sums) 0
+#define VL_PAIR_BACKWARD(k, at, end, by, out) 0
 
 static void store_f64(const ss_tensor *t, int64_t offset, int64_t n, const double *src) {
     memcpy((double *)t->data + offset, src, (size_t)n * sizeof(double));

@@ -733,9 +733,14 @@ static void forward_items(void *ctx, int64_t begin, int64_t end, int32_t thread)
         memset(sums, 0, (size_t)(p->n_terms * p->C * 4) * sizeof(double));
         k.bad = 0;
         k.bad_label = 0;
-        for (int64_t o = from; o < to && is_covered(p, b); o += sweep->room) {
-            start_block(&k, b, o, to - o < sweep->room ? to - o : sweep->room);
-            forward_block(&k, sums);
+        k.b = b;
+        for (int64_t o = from; o < to && is_covered(p, b);) {
+            o += VL_PAIR_FORWARD(&k, o, to, sums);
+            if (o < to) {
+                start_block(&k, b, o, to - o < sweep->room ? to - o : sweep->room);
+                forward_block(&k, sums);
+                o += k.n;
+            }
         }
         sweep->bad[2 * item] = k.bad;
         sweep->bad[2 * item + 1] = k.bad_label;
@@ -805,7 +810,12 @@ static void backward_items(void *ctx, int64_t begin, int64_t end, int32_t thread
             zero_rows(p, out, b, from, to);
             continue;
         }
-        for (int64_t o = from; o < to; o += sweep->room) {
+        k.b = b;
+        for (int64_t o = from; o < to;) {
+            o += VL_PAIR_BACKWARD(&k, o, to, sweep->by, out);
+            if (o == to) {
+                break;
+            }
             start_block(&k, b, o, to - o < sweep->room ? to - o : sweep->room);
             int straight = out->dtype == VL_REAL_DTYPE && k.lanes == k.n;
             gradient_rows(&k, out, straight);
@@ -813,6 +823,7 @@ static void backward_items(void *ctx, int64_t begin, int64_t end, int32_t thread
             for (int64_t c = 0; c < p->C && !straight; ++c) {
                 VL_STORE(out, (b * p->C + c) * p->S + o, k.n, k.h[c]);
             }
+            o += k.n;
         }
     }
 }
