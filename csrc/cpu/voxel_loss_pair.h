@@ -352,17 +352,25 @@ static int run_pair(int32_t uses, int wide, int64_t n, const pair_rows *k, pair_
     }
 }
 
+/* Whether a term on labels has weights, or leaves out one of the classes. */
+static int is_partial(const vl_plan *p, int32_t term) {
+    if (term < 0) {
+        return 0;
+    }
+    const int64_t ignore = p->slot[p->term[term].slot].ignore;
+    return p->term[term].weight >= 0 || (ignore >= 0 && ignore < p->C);
+}
+
 /* The terms of this sample, if these loops are for them: uses is 0 otherwise. */
 static fused_terms pair_terms(const vl_block *k, int forward) {
     const vl_plan *p = k->plan;
     fused_terms f = find_terms(k);
     const vl_term *ce = f.at[VL_CE] < 0 ? NULL : &p->term[f.at[VL_CE]];
-    const vl_term *dice = f.at[VL_DICE] < 0 ? NULL : &p->term[f.at[VL_DICE]];
     const vl_term *entropy = f.at[VL_ENTROPY] < 0 ? NULL : &p->term[f.at[VL_ENTROPY]];
     int mixed = (f.uses & HAS_LABELS) && (f.uses & ~HAS_LABELS);
     int by_class = forward && ce && ce->a[0] != ce->a[1];
-    int weighted =
-        (ce && ce->weight >= 0) || (dice && dice->weight >= 0) || (entropy && entropy->weight >= 0);
+    int weighted = is_partial(p, f.at[VL_CE]) || is_partial(p, f.at[VL_DICE]) ||
+                   (entropy && entropy->weight >= 0);
     if (p->C != 2 || mixed || by_class || weighted) {
         f.uses = 0;
     }
