@@ -609,3 +609,28 @@ def test_raw_operator_checks_its_numbers():
         run(targets=[y[:1]])
     with pytest.raises(ValueError, match=r"weights\[0\]: expected 40 values, got 20"):
         run(2, 0, weights=[np.ones((1, 4, 5), np.float32)])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("channels", [2, 3, 5])
+@pytest.mark.parametrize("odd", [None, "ignored", "ignored class", "infinite"])
+def test_whole_lanes_and_their_exceptions(channels, dtype, odd):
+    """Voxels in whole lanes, with what the fastest loops leave to the general sweep in some of them."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(2, channels, 16, 256, generator=generator)
+    y = torch.randint(channels, (2, 16, 256), generator=generator).to(dtype)
+    ignore = 1 if odd == "ignored class" else 99
+    if odd == "ignored":
+        y[1, 8, 5] = 99
+    if odd == "infinite":
+        z[0, 0, 4, 7] = -math.inf
+        y[0, 4, 7] = 1
+    found, expected = [], []
+    for values, logits in ((found, z.clone()), (expected, z.double())):
+        logits.requires_grad_()
+        loss = voxel_loss(logits, [Term("ce", y, ignore_index=ignore), Term("dice", y, ignore_index=ignore)])
+        loss.backward()
+        values += [loss.detach().double(), logits.grad.double()]
+    torch.testing.assert_close(found[0], expected[0], rtol=2e-6, atol=0)
+    # float32 at each voxel; the largest gradients are about 2 / voxels
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-9)

@@ -5,7 +5,10 @@
  * voxel_loss.c      plan, losses from sums, derivatives by the sums, the two operators
  * voxel_loss_sweep.h  one sweep over the voxels, forward or backward, for any sum of terms;
  * compiled in float (voxel_loss_f32.c) and in double (voxel_loss_f64.c, for float64 logits)
- * voxel_loss_fused.h  the same for cross entropy and Dice on hard labels, all in one loop (float)
+ * voxel_loss_rows.h   its blocks: reading, activation
+ * voxel_loss_fused.h  usual sums of terms for 2 to 4 classes in one loop (float)
+ * voxel_loss_pair.h   two classes, no weights on labels: the fastest (float)
+ * voxel_loss_many.h   the same for cross entropy and Dice of 3 to 32 classes (float)
  */
 #ifndef SS_CPU_VOXEL_LOSS_H
 #define SS_CPU_VOXEL_LOSS_H

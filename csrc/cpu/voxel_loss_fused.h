@@ -39,7 +39,7 @@ static fused_terms find_terms(const vl_block *k) {
     int apart = (f.uses & HAS_LABELS) == HAS_LABELS &&
                 p->term[f.at[VL_CE]].slot != p->term[f.at[VL_DICE]].slot;
     int soft = (f.uses & HAS_MSE) && (f.uses & HAS_KL);
-    if (p->activation != VL_SOFTMAX || p->C < 2 || p->C > 4 || apart || soft) {
+    if (p->activation != VL_SOFTMAX || p->C < 2 || p->C > 32 || apart || soft) {
         f.uses = 0;
     }
     return f;
@@ -216,13 +216,45 @@ fetch_ahead(const int C, const int USES, int64_t i, int64_t n, const fused_rows 
     const float *restrict m_ = r->m, *restrict mq_ = r->mq, *restrict me_ = r->me;                 \
     const float a0 = r->a[0], a1 = r->a[1], a2 = r->a[2], a3 = r->a[3];
 
+#define DICE_DERIVATIVES                                                                           \
+    const float u0 = r->ui[0], u1 = r->ui[1], u2 = r->ui[2], u3 = r->ui[3];                        \
+    const float v0 = r->vz[0], v1 = r->vz[1], v2 = r->vz[2], v3 = r->vz[3];                        \
+    const float e0 = r->ez[0], e1 = r->ez[1], e2 = r->ez[2], e3 = r->ez[3];
+
 typedef struct fused_sums {
     double ce, soft, soft_weight, entropy, entropy_weight;
     double i[4], z[4], y[4];
 } fused_sums;
 
-static inline __attribute__((always_inline)) void
-forward_lanes(const int C, const int USES, int64_t n, const fused_rows *r, fused_sums *out) {
+/* One class of a voxel with label y: Dice's sums, and z and a of the one class that y is. */
+#define LABEL_SUMS(c)                                                                              \
+    float t##c = keep_if(y == c, m);                                                               \
+    y##c[l] += t##c;                                                                               \
+    if (USES & HAS_DICE) {                                                                         \
+        i##c[l] += t##c * p##c;                                                                    \
+        n##c[l] += m * (p##c * (square * p##c + linear));                                          \
+    }
+
+#define LABEL_IS(c)                                                                                \
+    zy = ss_bits_f32(ss_f32_bits(zy) | ss_f32_bits(keep_if(y == c, z##c)));                        \
+    ay = ss_bits_f32(ss_f32_bits(ay) | ss_f32_bits(keep_if(y == c, a##c)));
+
+/* An ignored voxel may have an infinite logit. */
+#define FORWARD_LABELS                                                                             \
+    if (USES & HAS_LABELS) {                                                                       \
+        const int32_t y = y_[i + l];                                                               \
+        const float m = m_[i + l];                                                                 \
+        EACH(LABEL_SUMS)                                                                           \
+        if (USES & HAS_CE) {                                                                       \
+            float zy = 0.0f, ay = 0.0f;                                                            \
+            EACH(LABEL_IS)                                                                         \
+            sc[l] += keep_if(y >= 0, (m * ay) * ((top - zy) + ls));                                \
+        }                                                                                          \
+    }
+
+static inline
+    __attribute__((always_inline)) void forward_lanes(const int C, const int USES, int64_t n,
+                                                      const fused_rows *r, fused_sums *out) {
     ROW_POINTERS
     const float square = r->square, linear = r->linear;
     float sc[SS_LANES] = {0}, ss[SS_LANES] = {0}, sw[SS_LANES] = {0}, se[SS_LANES] = {0};
@@ -236,29 +268,7 @@ forward_lanes(const int C, const int USES, int64_t n, const fused_rows *r, fused
         for (int l = 0; l < SS_LANES; ++l) {
             SOFTMAX_LANE
             float ls = USES & (HAS_CE | HAS_KL | HAS_ENTROPY) ? log_sum(s) : 0.0f;
-            if (USES & HAS_LABELS) {
-                const int32_t y = y_[i + l];
-                const float m = m_[i + l];
-#define X(c)                                                                                       \
-    float t##c = keep_if(y == c, m);                                                               \
-    y##c[l] += t##c;                                                                               \
-    if (USES & HAS_DICE) {                                                                         \
-        i##c[l] += t##c * p##c;                                                                    \
-        n##c[l] += m * (p##c * (square * p##c + linear));                                          \
-    }
-                EACH(X)
-#undef X
-                if (USES & HAS_CE) {
-                    float zy = 0.0f, ay = 0.0f; /* of the one class that y is */
-#define X(c)                                                                                       \
-    zy = ss_bits_f32(ss_f32_bits(zy) | ss_f32_bits(keep_if(y == c, z##c)));                        \
-    ay = ss_bits_f32(ss_f32_bits(ay) | ss_f32_bits(keep_if(y == c, a##c)));
-                    EACH(X)
-#undef X
-                    /* An ignored voxel may have an infinite logit. */
-                    sc[l] += keep_if(y >= 0, (m * ay) * ((top - zy) + ls));
-                }
-            }
+            FORWARD_LABELS
             if (USES & HAS_MSE) {
                 float d = 0.0f;
 #define X(c) d += (p##c - q##c##_[i + l]) * (p##c - q##c##_[i + l]);
@@ -305,9 +315,7 @@ static inline __attribute__((always_inline)) void backward_lanes(const int C, co
     ROW_POINTERS
     float *restrict h0 = r->h[0], *restrict h1 = r->h[1], *restrict h2 = r->h[2],
                     *restrict h3 = r->h[3];
-    const float u0 = r->ui[0], u1 = r->ui[1], u2 = r->ui[2], u3 = r->ui[3];
-    const float v0 = r->vz[0], v1 = r->vz[1], v2 = r->vz[2], v3 = r->vz[3];
-    const float e0 = r->ez[0], e1 = r->ez[1], e2 = r->ez[2], e3 = r->ez[3];
+    DICE_DERIVATIVES
     const float ue = r->ue, uq = r->uq;
     for (int64_t i = 0; i < n; i += SS_LANES) {
         fetch_ahead(C, USES, i, n, r);
