@@ -313,9 +313,10 @@ static void FN(confidence_channel)(int64_t n, REAL c, const REAL *restrict p, RE
                                    REAL *restrict label) {
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        int take = (p[i] > conf[i]) | (p[i] != p[i]);
-        label[i] = take ? c : label[i];
-        conf[i] = take ? p[i] : conf[i];
+        REAL x = p[i], best = conf[i], at = label[i]; /* no load under a condition */
+        int take = (x > best) | (x != x);
+        label[i] = take ? c : at;
+        conf[i] = take ? x : best;
     }
 }
 
@@ -323,7 +324,8 @@ static void FN(ignore_below)(int64_t n, REAL tau, REAL ignore, const REAL *restr
                              REAL *restrict label) {
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        label[i] = conf[i] >= tau ? label[i] : ignore;
+        REAL at = label[i];
+        label[i] = conf[i] >= tau ? at : ignore;
     }
 }
 
@@ -331,7 +333,8 @@ static void FN(ignore_above)(int64_t n, REAL tau, REAL ignore, const REAL *restr
                              REAL *restrict label) {
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        label[i] = u[i] <= tau ? label[i] : ignore;
+        REAL at = label[i];
+        label[i] = u[i] <= tau ? at : ignore;
     }
 }
 
