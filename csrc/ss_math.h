@@ -92,14 +92,10 @@ SS_FN float ss_logf(float x) {
     return x == x ? y : x;
 }
 
-/* 2^y for |y| <= 125, and 2^+-125 beyond, NaN included: what a bounded function needs, at half the
- * price of ss_expf. The fraction of y goes through a degree-5 polynomial; relative error 1.6e-7. */
-SS_FN float ss_exp2_bounded(float y) {
+/* 2^c for |c| <= 125, and nothing else. The fraction goes through a degree-5 polynomial; relative
+ * error 1.6e-7. */
+SS_FN float ss_exp2_inside(float c) {
     const float big = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    uint32_t u = ss_f32_bits(y);
-    int32_t a = (int32_t)(u & 0x7fffffffu);
-    a = a < 0x42fa0000 ? a : 0x42fa0000; /* 125: in integers, where a minimum is one instruction */
-    float c = ss_bits_f32((uint32_t)a | (u & 0x80000000u));
     float t = c + big;
     float f = c - (t - big); /* exact */
     float p = 1.326472731e-03f;
@@ -110,6 +106,15 @@ SS_FN float ss_exp2_bounded(float y) {
     p = p * f + 1.0f;
     /* The low bits of t are the integer. */
     return ss_bits_f32(ss_f32_bits(p) + (ss_f32_bits(t) << 23));
+}
+
+/* 2^y for |y| <= 125, and 2^+-125 beyond, NaN included: what a bounded function needs, at half the
+ * price of ss_expf; error of ss_exp2_inside. */
+SS_FN float ss_exp2_bounded(float y) {
+    uint32_t u = ss_f32_bits(y);
+    int32_t a = (int32_t)(u & 0x7fffffffu);
+    a = a < 0x42fa0000 ? a : 0x42fa0000; /* 125: in integers, where a minimum is one instruction */
+    return ss_exp2_inside(ss_bits_f32((uint32_t)a | (u & 0x80000000u)));
 }
 
 /* ln x for normal positive x, and nothing else: what p ln p with a floor under p needs. x = m 2^e

@@ -201,6 +201,25 @@ def test_sigmoid_is_accurate_everywhere():
     assert np.isnan(fuse([np.full((1, 1, 3), np.nan, np.float32)], logits=True).mean).all()
 
 
+@pytest.mark.parametrize("s", [3, 4, 5, 8])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_mean_of_logits_is_accurate_everywhere(rng, s, channels):
+    """Sigmoids that share a division: absolute error 4e-7, and non-finite logits as in a softmax."""
+    z = (rng.uniform(-1, 1, (s, 1, channels, 50_000)) * np.linspace(0, 150, 50_000)).astype(np.float32)
+    weights = (np.arange(s) + 1.0) / (s * (s + 1) / 2)
+    d = z[:, 0, -1].astype(np.float64) - (z[:, 0, 0] if channels == 2 else 0)
+    exact = (weights[:, None] * special.expit(d)).sum(0)
+    got = fuse(list(z), weights, logits=True, want=("mean",)).mean[0, -1]
+    assert np.abs(got - exact).max() < 4e-7
+
+    z[s - 1, 0, channels - 1, 1000:1003] = np.nan, np.inf, -np.inf  # one block of many
+    odd = fuse(list(z), weights, logits=True, want=("mean",)).mean[0, -1]
+    rest = (weights[:-1, None] * special.expit(d[:-1, 1000:1003])).sum(0)
+    up = np.nan if channels == 2 else rest[1] + weights[-1]
+    np.testing.assert_allclose(odd[1000:1003], [np.nan, up, rest[2]], atol=4e-7)
+    assert np.abs(np.delete(odd - exact, range(1000, 1003))).max() < 4e-7
+
+
 @pytest.mark.parametrize("kappa", [0.0, 0.5, 4.0, 80.0])
 def test_exponential_weight_is_accurate(rng, kappa):
     p = rng.random((2, 1, 1, 20000)).astype(np.float32)

@@ -19,7 +19,7 @@ typedef struct FN(area) {
     REAL *mu, *mean;          /* L rows each */
     REAL *spread, *h, *h_ref; /* sum r d^2, or sum r (H - H_ref); entropies */
     REAL *u, *conf, *label, *weight;
-    REAL *tmp; /* 2 rows */
+    REAL *tmp; /* 2 x GROUP rows */
     uint8_t *bytes;
 } FN(area);
 
@@ -313,9 +313,10 @@ static void FN(confidence_channel)(int64_t n, REAL c, const REAL *restrict p, RE
                                    REAL *restrict label) {
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        int take = (p[i] > conf[i]) | (p[i] != p[i]);
-        label[i] = take ? c : label[i];
-        conf[i] = take ? p[i] : conf[i];
+        REAL x = p[i], best = conf[i], at = label[i]; /* no load under a condition */
+        int take = (x > best) | (x != x);
+        label[i] = take ? c : at;
+        conf[i] = take ? x : best;
     }
 }
 
@@ -323,7 +324,8 @@ static void FN(ignore_below)(int64_t n, REAL tau, REAL ignore, const REAL *restr
                              REAL *restrict label) {
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        label[i] = conf[i] >= tau ? label[i] : ignore;
+        REAL at = label[i];
+        label[i] = conf[i] >= tau ? at : ignore;
     }
 }
 
@@ -331,7 +333,8 @@ static void FN(ignore_above)(int64_t n, REAL tau, REAL ignore, const REAL *restr
                              REAL *restrict label) {
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        label[i] = u[i] <= tau ? label[i] : ignore;
+        REAL at = label[i];
+        label[i] = u[i] <= tau ? at : ignore;
     }
 }
 
@@ -389,6 +392,51 @@ static void FN(complement)(int64_t n, const REAL *restrict p, REAL *restrict q) 
 
 /* ---- one block ------------------------------------------------------------------------------ */
 
+#ifdef REAL_SIGMOIDS
+/* One group's weighted sigmoids; 0 where a logit is not finite. `rows` takes converted logits. */
+static int FN(add_logits)(const plan *f, const ss_tensor *const *t, const REAL *r, int64_t at,
+                          int64_t n, const REAL *zeros, REAL *rows, REAL *sum) {
+    const int64_t C = f->C;
+    const REAL *z[2 * GROUP];
+    for (int64_t k = 0; k < 2 * GROUP; ++k) {
+        const int64_t channel = at + (C == 2 ? k % 2 : 0) * f->V;
+        const int none = C == 1 && k % 2 == 0;
+        z[k] = none ? zeros : REAL_LOAD(t[k / 2], channel, n, rows + k * f->n);
+    }
+    return REAL_SIGMOIDS(n, r, z, sum) < 0x7f800000;
+}
+
+/* The foreground's mean from logits alone; 0 where one of them is not finite. Needs no reference:
+ * nothing cancels in a mean. */
+static int FN(mean_of_logits)(const plan *f, const double *r, const FN(area) * w, int64_t b,
+                              int64_t at, int64_t n, REAL *sum) {
+    const ss_tensor *source[GROUP];
+    REAL weight[GROUP];
+    const int64_t first = b * f->C * f->V + at;
+    int count = 0;
+    memset(sum, 0, (size_t)n * sizeof *sum);
+    memset(w->h, 0, (size_t)n * sizeof *w->h);
+    for (int64_t s = 0; s < f->S; ++s) {
+        if (r[s] > 0) {
+            source[count] = &f->a->sources.at[s];
+            weight[count++] = (REAL)r[s];
+        }
+        if (count == 0 || (count < GROUP && s < f->S - 1)) {
+            continue;
+        }
+        for (; count < GROUP; ++count) { /* the last group: its first source again, for nothing */
+            source[count] = source[0];
+            weight[count] = 0;
+        }
+        if (!FN(add_logits)(f, source, weight, first, n, w->h, w->tmp, sum)) {
+            return 0;
+        }
+        count = 0;
+    }
+    return 1;
+}
+#endif
+
 /* One pass over the sources of sample b: mu, mean (both without their shift) and spread. */
 static void FN(gather)(const plan *f, const sample *of, const FN(area) * w, int64_t b, int64_t at,
                        int64_t n, FN(rows) * ref_u, FN(rows) * ref_l) {
@@ -437,24 +485,31 @@ static void FN(gather)(const plan *f, const sample *of, const FN(area) * w, int6
     FN(flush)(f, n, &to_mean, *ref_l, w->mean, NULL);
 }
 
-/* u from the sums; afterwards mu is the mean itself. */
-static void FN(doubt)(const plan *f, const FN(area) * w, int64_t n, FN(rows) ref_u) {
-    if (f->L == 1 && f->need_var) {
+/* Both means from their sums, and sum r (p - mu)^2, or its u if that is one row. */
+static void FN(finish)(const plan *f, const sample *of, const FN(area) * w, int64_t n,
+                       FN(rows) ref_u, FN(rows) ref_l) {
+    const int mu = f->need_mu || of->same;
+    if (mu && f->L == 1 && f->need_var) {
         FN(variance_binary)(n, (REAL)f->scale, ref_u.at, w->mu, w->spread, w->u);
-        return;
     }
-    for (int64_t c = 0; c < f->L; ++c) {
-        REAL *mu = w->mu + c * f->n;
+    for (int64_t c = 0; mu && c < f->L && !(f->L == 1 && f->need_var); ++c) {
+        REAL *sum = w->mu + c * f->n;
         if (f->need_var) {
-            FN(less_square)(n, mu, w->spread);
+            FN(less_square)(n, sum, w->spread);
         }
-        FN(shift_back)(n, ref_u.at + c * ref_u.step, mu);
+        FN(shift_back)(n, ref_u.at + c * ref_u.step, sum);
     }
-    if (!f->need_u) {
-        return;
+    for (int64_t c = 0; f->need_mean && !of->same && c < f->L; ++c) {
+        FN(shift_back)(n, ref_l.at + c * ref_l.step, w->mean + c * f->n);
     }
+}
+
+/* u from the means and the spread. */
+static void FN(doubt)(const plan *f, const FN(area) * w, int64_t n) {
     if (f->need_var) {
-        FN(scaled)(n, (REAL)f->scale, w->spread, w->u);
+        if (f->L > 1) {
+            FN(scaled)(n, (REAL)f->scale, w->spread, w->u);
+        }
         return;
     }
     FN(entropy)(f, n, (FN(rows)){w->mu, f->n}, w->h);
@@ -548,6 +603,20 @@ static void FN(store)(const plan *f, const FN(area) * w, int64_t b, int64_t at, 
     }
 }
 
+/* The short way to the means, where there is one; 0: take the long one. */
+static int FN(means)(const plan *f, const sample *of, const FN(area) * w, int64_t b, int64_t at,
+                     int64_t n) {
+#ifdef REAL_SIGMOIDS
+    const int mu = f->need_mu || of->same;
+    const int mean = f->need_mean && !of->same;
+    return f->sigmoids && (!mu || FN(mean_of_logits)(f, of->r_unc, w, b, at, n, w->mu)) &&
+           (!mean || FN(mean_of_logits)(f, of->r_lab, w, b, at, n, w->mean));
+#else
+    (void)f, (void)of, (void)w, (void)b, (void)at, (void)n;
+    return 0;
+#endif
+}
+
 static void FN(one_block)(const plan *f, const FN(area) * w, int64_t b, int64_t at, int64_t n) {
     const sample *of = &f->samples[b];
     FN(rows) ref_u = {NULL, 0};
@@ -557,15 +626,13 @@ static void FN(one_block)(const plan *f, const FN(area) * w, int64_t b, int64_t 
         FN(store)(f, w, b, at, n, w->mean);
         return;
     }
-    FN(gather)(f, of, w, b, at, n, &ref_u, &ref_l);
-    if (f->need_mu || of->same) {
-        FN(doubt)(f, w, n, ref_u);
-    }
     const REAL *mean = of->same ? w->mu : w->mean;
-    if (f->need_mean && !of->same) {
-        for (int64_t c = 0; c < f->L; ++c) {
-            FN(shift_back)(n, ref_l.at + c * ref_l.step, w->mean + c * f->n);
-        }
+    if (!FN(means)(f, of, w, b, at, n)) {
+        FN(gather)(f, of, w, b, at, n, &ref_u, &ref_l);
+        FN(finish)(f, of, w, n, ref_u, ref_l);
+    }
+    if (f->need_u) {
+        FN(doubt)(f, w, n);
     }
     if (f->need_conf) {
         FN(decide)(f, w, n, mean);
@@ -594,7 +661,7 @@ static void FN(blocks)(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     w.label = rest + 5 * n;
     w.weight = rest + 6 * n;
     w.tmp = rest + 7 * n;
-    w.bytes = (uint8_t *)(rest + 9 * n);
+    w.bytes = (uint8_t *)(rest + (7 + 2 * GROUP) * n);
     for (int64_t item = begin; item < end; ++item) {
         int64_t b = item / f->blocks;
         int64_t at = item % f->blocks * n;
