@@ -28,6 +28,8 @@ def _compile(name, function):
     """torch.compile, once per thread count (the generated loops fix it); ImportError if it cannot."""
     key = f"{name} {torch.get_num_threads()}"
     if key not in _compiled_functions:
+        # Beyond the default of 8 shapes and thread counts a function would silently run uncompiled.
+        torch._dynamo.config.recompile_limit = 64
         _compiled_functions[key] = torch.compile(function, dynamic=False)
 
     def run(*data):
