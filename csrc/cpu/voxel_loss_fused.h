@@ -46,16 +46,18 @@ static fused_terms find_terms(const vl_block *k) {
 }
 
 /* What the loops read, and the constants of the backward loop. */
+#define FUSED_CLASSES 4 /* the most that the tables below have loops for */
+
 typedef struct fused_rows {
-    const float *z[4];
-    const float *q[4];
-    float *h[4];
+    const float *z[FUSED_CLASSES];
+    const float *q[FUSED_CLASSES];
+    float *h[FUSED_CLASSES];
     const int32_t *y;
-    const float *m;  /* of labels */
-    const float *mq; /* of the soft target */
-    const float *me; /* of entropy */
-    float a[4];      /* class weights of CE; backward: times its derivative */
-    float ui[4], vz[4], ez[4];
+    const float *m;         /* of labels */
+    const float *mq;        /* of the soft target */
+    const float *me;        /* of entropy */
+    float a[FUSED_CLASSES]; /* class weights of CE; backward: times its derivative */
+    float ui[FUSED_CLASSES], vz[FUSED_CLASSES], ez[FUSED_CLASSES];
     const char *ahead; /* labels of the next block, so many bytes per SS_LANES */
     int64_t ahead_step;
     float ue, uq; /* entropy; squared error (twice) or KL */
@@ -223,7 +225,7 @@ fetch_ahead(const int C, const int USES, int64_t i, int64_t n, const fused_rows 
 
 typedef struct fused_sums {
     double ce, soft, soft_weight, entropy, entropy_weight;
-    double i[4], z[4], y[4];
+    double i[FUSED_CLASSES], z[FUSED_CLASSES], y[FUSED_CLASSES];
 } fused_sums;
 
 /* One class of a voxel with label y: Dice's sums, and z and a of the one class that y is. */
@@ -437,7 +439,7 @@ static int run_backward(int64_t C, int32_t uses, int64_t n, const fused_rows *r)
 static int fused_forward(vl_block *k, double *sums) {
     const vl_plan *p = k->plan;
     const fused_terms f = find_terms(k);
-    if (!f.uses) {
+    if (!f.uses || p->C > FUSED_CLASSES) {
         return 0;
     }
     fused_rows r = {0};
@@ -488,7 +490,7 @@ static int fused_forward(vl_block *k, double *sums) {
 static int fused_backward(vl_block *k, const double *by) {
     const vl_plan *p = k->plan;
     const fused_terms f = find_terms(k);
-    if (!f.uses) {
+    if (!f.uses || p->C > FUSED_CLASSES) {
         return 0;
     }
     fused_rows r = {0};
