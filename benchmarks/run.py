@@ -139,20 +139,19 @@ def main() -> None:
     options = parser.parse_args()
     bandwidth = {t: copy_bandwidth(t) for t in options.t}
     print("copy bandwidth: " + ", ".join(f"{t}T {b / 1e9:.1f} GB/s" for t, b in bandwidth.items()))
-    rows = []
+    machine = {"cpu": platform.processor() or platform.machine(), **_cpu_name()}
+    info = {k: v for k, v in semisam.info().items() if k not in ("operators", "platform")}
+    result = {"machine": machine, "bandwidth": bandwidth, "imports": {}, "info": info, "rows": []}
+    if not options.k:
+        result["imports"] = import_milliseconds()
+        print(*(f"{what}: {value:.1f}" for what, value in result["imports"].items()))
     for speed in SPEEDS:
         for t in options.t:
             if options.k in speed.name:
-                rows.append(run_one(speed, t, bandwidth[t]))
-                print_row(rows[-1])
-    imports = import_milliseconds() if not options.k else {}
-    for what, value in imports.items():
-        print(f"{what}: {value:.1f}")
-    if options.o:
-        machine = {"cpu": platform.processor() or platform.machine(), **_cpu_name()}
-        info = {k: v for k, v in semisam.info().items() if k not in ("operators", "platform")}
-        head = {"machine": machine, "bandwidth": bandwidth, "imports": imports, "info": info}
-        write_json(options.o, {**head, "rows": rows})
+                result["rows"].append(run_one(speed, t, bandwidth[t]))
+                print_row(result["rows"][-1])
+                if options.o:
+                    write_json(options.o, result)  # each time: a run that is stopped keeps its rows
 
 
 def _cpu_name() -> dict[str, str]:
