@@ -363,10 +363,10 @@ def test_import_needs_numpy_alone():
     assert not loaded & {"torch", "subprocess", "asyncio", "unittest", "multiprocessing"}
 
 
-@pytest.mark.parametrize("module", ["ops", "prompts", "fusion", "metrics", "schedules"])
+@pytest.mark.parametrize(
+    "module", ["ops", "prompts", "fusion", "masks", "metrics", "random_walk", "schedules"]
+)
 def test_modules_import_without_torch(module):
-    if importlib.util.find_spec(f"semisam.{module}") is None:
-        pytest.skip(f"semisam.{module} does not exist in this version")
     code = f"import sys, semisam.{module}; print('torch' in sys.modules)"
     assert fresh(code).strip() == "False"
 
