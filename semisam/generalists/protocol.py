@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a promptable model must offer to teach a specialist: encode once, decode for many prompts.
+
+A generalist is any object with `spec`, `encode` and `decode`; it needs no base class. Everything it
+returns is without gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from semisam.prompts import PromptBatch
+
+__all__ = ["Decoded", "Generalist", "GeneralistSpec"]
+
+
+@dataclass(frozen=True)
+class GeneralistSpec:
+    """What a generalist is, takes and may be used for.
+
+    `prompts` is a subset of "points", "mask", "box". `mask_size` is the resolution of its mask prompt,
+    None for that of the patch; `input_size` the size that images are brought to, None for any; `spacing`
+    (mm) what it was trained on, None for any. `default_mode` is the term's prompt mode for it.
+
+    >>> from semisam.generalists.protocol import GeneralistSpec
+    >>> GeneralistSpec("mine", spatial_dims=(3,), prompts=frozenset({"points"})).mask_size is None
+    True
+    """
+
+    name: str
+    spatial_dims: tuple[int, ...]
+    prompts: frozenset[str]
+    mask_size: tuple[int, ...] | None = None
+    input_size: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    default_mode: str = "mixed"
+    licence: str = ""
+    training_sets: tuple[str, ...] = ()
+    paper: str = ""
+
+
+class Decoded(NamedTuple):
+    """A generalist's answer to one round of prompts; rows that were not asked for hold -10."""
+
+    logits: Any  # [B, F, *S] float32, the patch's grid; probability = sigmoid
+    low_res: Any  # [B, F, *mask_size] float32: the mask prompt of the next round
+
+
+@runtime_checkable
+class Generalist(Protocol):
+    """A promptable segmentation model."""
+
+    spec: GeneralistSpec
+
+    def encode(self, images: Any, *, spacing: Sequence[float] | None = None) -> Any:
+        """Return the state of images [B, channels, *S] that any number of `decode` calls reuse.
+
+        `spacing` in mm where it is known.
+        """
+        ...
+
+    def decode(self, state: Any, prompts: PromptBatch, active: Any = None) -> Decoded:
+        """Segment B samples x F classes, one-vs-rest, in one batch.
+
+        `active` [B, F] (bool; default all) says which rows are asked for. A row without points
+        (labels all -1, or K = 0) is asked by its mask prompt alone.
+        """
+        ...
