@@ -74,7 +74,7 @@ def sliding_window(
     ((2, 9, 7, 5), True)
     """
     import torch  # noqa: PLC0415
-    from monai.inferers import sliding_window_inference  # noqa: PLC0415
+    from monai.inferers.utils import sliding_window_inference  # noqa: PLC0415
 
     given = image
     image = torch.as_tensor(image, dtype=torch.float32)
@@ -108,7 +108,7 @@ def sliding_window(
     overlap = [0.0 if s == p else 1 - (s + 0.5) / p for p, s in zip(patch, strides, strict=True)]
     try:
         with _evaluation(network, dropout), torch.no_grad():
-            result = sliding_window_inference(
+            result: Any = sliding_window_inference(
                 stack,
                 patch,
                 batch,
