@@ -16,6 +16,7 @@ import semisam
 
 COMMANDS: dict[str, str] = {
     "doctor": "show build, backends, threads and versions, and why something is missing",
+    "evaluate": "measure predictions against the truth, per case and class",
 }
 
 
