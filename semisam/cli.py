@@ -17,6 +17,7 @@ import semisam
 COMMANDS: dict[str, str] = {
     "doctor": "show build, backends, threads and versions, and why something is missing",
     "evaluate": "measure predictions against the truth, per case and class",
+    "report": "write report.html of one run, or of several methods and draws",
 }
 
 

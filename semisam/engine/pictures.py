@@ -225,7 +225,10 @@ def _chart(draw: Callable[[Any], None], title: str, size: tuple[float, float], a
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", text).replace(INK, "currentColor")
     head, body = text.split(">", 1)
     head = re.sub(r'\s(width|height|xmlns|version)="[^"]*"', "", head)
-    return f'{head} class="chart" role="img" aria-label="{escape(alt)}"><title>{escape(alt)}</title>{body}'
+    return (
+        f'{head} class="chart" style="max-width:{87 * size[0]:.0f}px" role="img" aria-label="{escape(alt)}">'
+        f"<title>{escape(alt)}</title>{body}"
+    )
 
 
 # ---- slices -----------------------------------------------------------------------------------------

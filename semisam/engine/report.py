@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,29 +147,30 @@ def verdict(found: Comparison) -> tuple[str, list[str], str]:
         rest = [f"{m.title}: {_with_spread(m)}." for m in tested if m is not best]
         return lead, rest, "plain"
     method = max(ours, key=lambda m: m.statistic("dice").mean)
-    sentences = [f"{method.title} reaches a mean test Dice of {_with_spread(method)}."]
-    outcomes = []
-    for baseline in sorted((m for m in tested if not m.ours), key=lambda m: not _is_base(method, m)):
-        for component in ((False, False), (False, True)):
-            gain = found.gain(method, baseline, component)
-            if gain and (not component[1] or _is_base(method, baseline)):
-                outcomes.append((gain, _outcome(gain)))
-                sentences.append(_gain_sentence(gain))
-    if not outcomes:
-        return sentences[0], ["No baseline shares a draw, a seed and test cases with it."], "plain"
-    lost = [gain for gain, outcome in outcomes if outcome == "lost"]
-    unclear = [gain for gain, outcome in outcomes if outcome == "unclear"]
+    gains = [
+        gain
+        for baseline in sorted((m for m in tested if not m.ours), key=lambda m: not _is_base(method, m))
+        for component in ((False, False), (True, True), (False, True))
+        for gain in [found.gain(method, baseline, component)]
+        if gain and (component == (False, False) or _is_base(method, baseline))
+    ]
+    lead = f"{method.title} reaches a mean test Dice of {_with_spread(method)}."
+    if not gains:
+        return lead, ["No baseline shares a draw, a seed and test cases with it."], "plain"
+    outcomes = [(gain, _outcome(gain)) for gain in gains]
+    # Against a post-processed baseline a method that is not post-processed may be behind without having lost.
+    lost = [gain for gain, outcome in outcomes if outcome == "lost" and gain.component != (False, True)]
+    unclear = [gain for gain, outcome in outcomes if outcome != "better" and gain not in lost]
     if lost:
-        headline = f"{method.title} lost against {_listed([_opponent(g) for g in lost])}."
-        tone = "bad"
+        headline, tone = f"{method.title} lost against {_listed(map(_opponent, lost))}.", "bad"
     elif unclear:
-        headline = f"{method.title} is not clearly better than {_listed([_opponent(g) for g in unclear])}."
+        headline = f"{method.title} is not clearly better than {_listed(map(_opponent, unclear))}."
         tone = "mixed"
     else:
-        headline = f"{method.title} is better than {_listed([_opponent(g) for g, _ in outcomes])}."
-        tone = "good"
-    sentences += _cautions(outcomes[0][0], method)
-    return headline, sentences, tone
+        headline, tone = f"{method.title} is better than {_listed(map(_opponent, gains))}.", "good"
+    same = "the same draws and seeds" if gains[0].over == "draws" else "the same cases"
+    differences = "; ".join(_gain_text(gain) for gain in gains)
+    return headline, [lead, f"Difference in Dice on {same}: {differences}.", *_cautions(gains[0], method)], tone
 
 
 def _is_base(method: Method, baseline: Method) -> bool:
@@ -196,19 +197,20 @@ def _outcome(gain: Gain) -> str:
 
 
 def _opponent(gain: Gain) -> str:
-    name = gain.baseline.title
-    name = name if name.isupper() or "-" in name else name[0].lower() + name[1:]
+    name = _lower(gain.baseline.title)
     return f"the largest component of {name}" if gain.component[1] else name
 
 
-def _gain_sentence(gain: Gain) -> str:
-    statistic = gain.statistic
-    more = "more" if statistic.mean >= 0 else "less"
-    size = Statistic(abs(statistic.mean), statistic.sd, statistic.n)
-    unit = gain.over if len(gain.differences) != 1 else gain.over[:-1]
+def _lower(title: str) -> str:
+    return title if title.isupper() or "-" in title else title[0].lower() + title[1:]
+
+
+def _gain_text(gain: Gain) -> str:
+    texts = {(True, True): " with the largest component kept in both", (False, True): ""}
+    name = _opponent(gain) if gain.component == (False, True) else _lower(gain.baseline.title)
     return (
-        f"That is {size} Dice {more} than {_opponent(gain)}, paired over {len(gain.differences)} {unit}; "
-        f"higher in {gain.wins} of {len(gain.differences)}."
+        f"to {name}{texts.get(gain.component, '')} {gain.statistic.text(3, signed=True)} "
+        f"(better in {gain.wins} of {len(gain.differences)})"
     )
 
 
@@ -221,12 +223,12 @@ def _cautions(gain: Gain, method: Method) -> list[str]:
         )
     cases = len(next(iter(method.scores().values())).values)
     if cases < 10:
-        found.append(f"{cases} test case{'s' if cases > 1 else ''}: few.")
+        found.append(f"Only {cases} test case{'s' if cases > 1 else ''}.")
     return found
 
 
-def _listed(words: Sequence[str]) -> str:
-    words = list(dict.fromkeys(words))
+def _listed(names: Iterable[str]) -> str:
+    words = list(dict.fromkeys(names))
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
@@ -234,14 +236,16 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _colours(found: Comparison) -> dict[str, str]:
-    ours = [m.title for m in found.methods if m.ours]
-    others = [m.title for m in found.methods if not m.ours]
-    first, *rest = METHOD_COLOURS
-    palette = ([first, *reversed(rest)], rest)
-    return {
-        **{title: palette[0][i % len(METHOD_COLOURS)] for i, title in enumerate(ours)},
-        **{title: palette[1][i % len(rest)] for i, title in enumerate(others)},
-    }
+    """Colours by title: ours the first one, known baselines their own, others what is left."""
+    fixed = {"mean-teacher": METHOD_COLOURS[1], "supervised": METHOD_COLOURS[2], "ua-mt": METHOD_COLOURS[3]}
+    left = [METHOD_COLOURS[0], *METHOD_COLOURS[4:], *METHOD_COLOURS[1:4]]
+    colours: dict[str, str] = {}
+    for method in sorted(found.methods, key=lambda m: not m.ours):
+        own = fixed.get(method.name, left[0])
+        if own in colours.values():
+            own = next((c for c in left if c not in colours.values()), own)
+        colours[method.title] = own
+    return colours
 
 
 def _focus(found: Comparison) -> RunRecord:
@@ -273,7 +277,8 @@ def _facts(found: Comparison, focus: RunRecord) -> list[tuple[str, str]]:
     facts = [(str(len(split[role])), f"{role} scans") for role in split if split[role] or role == "unlabeled"]
     facts.append((str(draws), "draw of the labeled set" if draws == 1 else "draws of the labeled set"))
     if focus.last_step:
-        facts.append((f"{focus.last_step + 1:,}".replace(",", " "), "steps"))
+        steps = focus.setting("train.steps") if focus.finished else focus.last_step
+        facts.append((f"{steps:,}".replace(",", " "), "steps"))
     seconds = [number(str(run.meta.get("seconds"))) for m in found.methods for run in m.runs]
     total = float(np.nansum(seconds)) if seconds else 0.0
     if total > 0:
@@ -568,7 +573,7 @@ def _case_row(
         _figure("image", pictures.panel(shown, alt=f"{where}: the scan", aspect=aspect)),
         _figure("truth", pictures.panel(shown, alt=f"{where}: true outline", contours=outline, aspect=aspect)),
         _figure(
-            f"prediction, Dice {dice:.3f}",
+            f"{compare([focus]).methods[0].title}, Dice {dice:.3f}",
             pictures.panel(
                 shown,
                 alt=f"{where}: outline predicted by {compare([focus]).methods[0].title}, Dice {dice:.3f}",
@@ -926,9 +931,9 @@ def _missing(found: Comparison) -> list[str]:
     for run in runs:
         for line in run.missing:
             lines.setdefault(line, []).append(run.path.name)
-        steps = run.setting("train.steps")
-        if run.log and isinstance(steps, int) and run.last_step + 1 < steps * 0.95:
-            lines.setdefault(f"unfinished: step {run.last_step} of {steps}", []).append(run.path.name)
+        if run.log and not run.finished:
+            line = f"unfinished: step {run.last_step} of {run.setting('train.steps')}"
+            lines.setdefault(line, []).append(run.path.name)
     return [
         line if len(names) == len(runs) else f"{line} ({', '.join(names)})" for line, names in lines.items()
     ]

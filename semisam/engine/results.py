@@ -175,6 +175,13 @@ class RunRecord:
         steps = self.log.get("step")
         return int(steps[-1]) if steps is not None and len(steps) else 0
 
+    @property
+    def finished(self) -> bool:
+        """Whether the log reaches the end (the last lines may fall between two logged steps)."""
+        steps = self.setting("train.steps")
+        every = self.setting("train.log_every", 1)
+        return not isinstance(steps, int) or self.last_step + max(every, 0.05 * steps) >= steps
+
 
 # ---- reading ----------------------------------------------------------------------------------------
 
