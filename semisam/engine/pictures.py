@@ -38,7 +38,7 @@ CLASS_COLOURS = ("#ffb000", "#37c8ff", "#ff5fa2", "#7ddf64", "#c59bff", "#ff7a45
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 MAX_SIDE = 320  # pixels of a slice's longer side
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "semisam",
     "font.family": "sans-serif",
@@ -122,7 +122,7 @@ def line_chart(
     `zero` starts the y axis at 0 where all values are at least 0. Lines of more than 400 points are thinned.
 
     >>> from semisam.engine.pictures import Series, line_chart
-    >>> svg = line_chart("loss", [Series("a", [0, 1, 2], [3.0, 2.0, 1.5])], alt="The loss falls from 3 to 1.5.")
+    >>> svg = line_chart("loss", [Series("a", [0, 1, 2], [3.0, 2.0, 1.5])], alt="Falls from 3 to 1.5.")
     >>> svg.startswith("<svg"), "currentColor" in svg
     (True, True)
     """
@@ -162,7 +162,7 @@ def draws_chart(
     the rows stand at their right ends.
 
     >>> from semisam.engine.pictures import draws_chart
-    >>> svg = draws_chart("Dice", [("MT", "#3f8fd4"), ("SemiSAM", "#d9712b")], [[0.7, 0.8]], alt="MT 0.7, SemiSAM 0.8")
+    >>> svg = draws_chart("Dice", [("MT", "#3f8fd4"), ("SemiSAM", "#d9712b")], [[0.7, 0.8]], alt="One draw.")
     >>> "MT" in svg
     True
     """
@@ -208,8 +208,8 @@ def _thinned(x: Any, y: Any, most: int = 400) -> tuple[Any, Any]:
 
 
 def _chart(draw: Callable[[Any], None], title: str, size: tuple[float, float], alt: str) -> str:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    import matplotlib as mpl  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -235,7 +235,7 @@ def _chart(draw: Callable[[Any], None], title: str, size: tuple[float, float], a
 
 
 def slice_axis(shape: Sequence[int], spacing: Sequence[float] | None = None) -> int:
-    """Return the axis across which a volume was scanned: the coarsest, else a much shorter one, else the last.
+    """Return the axis across which a volume was scanned: coarsest, else much shortest, else last.
 
     >>> from semisam.engine.pictures import slice_axis
     >>> slice_axis((10, 256, 216)), slice_axis((36, 50, 35), (1, 1, 1)), slice_axis((64, 64, 64), (3, 1, 1))
@@ -251,14 +251,14 @@ def slice_axis(shape: Sequence[int], spacing: Sequence[float] | None = None) -> 
 
 
 def take_slice(array: Any, axis: int | None, index: int | None) -> Any:
-    """Return the 2-D slice as it is looked at: of a volume, second axis upwards; an image (axis None) as it is.
+    """Return a volume's slice as it is looked at, second axis upwards; an image (axis None) as it is.
 
     >>> import numpy as np
     >>> from semisam.engine.pictures import take_slice
     >>> take_slice(np.arange(24).reshape(2, 3, 4), 2, 0).tolist()
     [[8, 20], [4, 16], [0, 12]]
     """
-    if axis is None:
+    if axis is None or index is None:
         return np.asarray(array)
     return np.take(array, index, axis=axis).T[::-1]
 
@@ -275,9 +275,9 @@ def panel(
 ) -> str:
     """Return a slice as SVG: a grey image or a `heat` map, with outlines and clicks on it.
 
-    `base` is [rows, columns], or [rows, columns, 3] in 0..1; `window` the values of black and white (None: 1st and
-    99.5th percentile). `aspect` is the height of a voxel over its width. Clicks are a green plus or a red
-    minus, smaller the farther they lie from the slice.
+    `base` is [rows, columns], or [rows, columns, 3] in 0..1; `window` the values of black and white (None:
+    1st and 99.5th percentile). `aspect` is the height of a voxel over its width. Clicks are a green plus
+    or a red minus, smaller the farther they lie from the slice.
 
     >>> import numpy as np
     >>> from semisam.engine.pictures import Click, Contour, panel
@@ -302,7 +302,8 @@ def panel(
         if path:
             dash = ' stroke-dasharray="4 3"' if contour.dashed else ""
             parts.append(
-                f'<path d="{path}" fill="none" stroke="{contour.colour}" stroke-width="{contour.width}"{dash} '
+                f'<path d="{path}" fill="none" stroke="{contour.colour}" '
+                f'stroke-width="{contour.width}"{dash} '
                 'stroke-linejoin="round" vector-effect="non-scaling-stroke"/>'
             )
     parts += [_mark(click, max(columns, height), aspect) for click in clicks]
@@ -321,7 +322,7 @@ def heat_css() -> str:
 
 
 def _heat(shade: Any) -> Any:
-    import matplotlib as mpl
+    import matplotlib as mpl  # noqa: PLC0415
 
     return mpl.colormaps["magma"](shade)[..., :3]
 
@@ -335,7 +336,7 @@ def _window(pixels: Any) -> tuple[float, float]:
 
 
 def _png(shade: Any, heat: bool) -> str:
-    from PIL import Image
+    from PIL import Image  # noqa: PLC0415
 
     colour = _heat(shade) if heat else shade
     image = Image.fromarray((colour * 255).round().astype(np.uint8))
@@ -347,12 +348,12 @@ def _png(shade: Any, heat: bool) -> str:
 
 def _outline(mask: Any, aspect: float) -> str:
     """The half-way line around a mask as an SVG path; a mask at the border is closed along it."""
-    from contourpy import contour_generator
+    from contourpy import contour_generator  # noqa: PLC0415
 
     if not mask.any():
         return ""
     padded = np.pad(mask.astype(float), 1)
-    lines = contour_generator(z=padded).lines(0.5)
+    lines: Any = contour_generator(z=padded).lines(0.5)
     pieces = []
     for line in lines:
         x = np.clip(line[:, 0] - 0.5, 0, mask.shape[1])
@@ -370,7 +371,8 @@ def _mark(click: Click, side: float, aspect: float) -> str:
         path += f"M{_number(x)} {_number(y - arm)}v{_number(2 * arm)}"
     colour = "#3df07c" if click.positive else "#ff5050"
     opacity = 1 if click.away <= 2 else 0.7
-    common = f'd="{path}" fill="none" stroke-linecap="round" vector-effect="non-scaling-stroke" opacity="{opacity}"'
+    common = f'd="{path}" fill="none" stroke-linecap="round" opacity="{opacity}" '
+    common += 'vector-effect="non-scaling-stroke"'
     return (
         f'<path {common} stroke="#000" stroke-width="4.5"/>'
         f'<path {common} stroke="{colour}" stroke-width="2.4"/>'

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from semisam.engine import pictures
+from semisam.engine import gallery, pictures
 from semisam.engine.files import write_text
-from semisam.engine.pictures import CLASS_COLOURS, METHOD_COLOURS, Click, Contour, Series
+from semisam.engine.pictures import METHOD_COLOURS, Series
 from semisam.engine.results import (
     BETTER_HIGH,
     METRICS,
@@ -37,7 +37,6 @@ from semisam.engine.results import (
 
 __all__ = ["render", "report", "verdict"]
 
-SAMPLE_ROWS = 6
 TERM_COLUMNS = {
     "term_weight": "weight of the generalist's term",
     "term_mean_u": "mean uncertainty of the pseudo-label",
@@ -79,7 +78,7 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None) -> str:
     >>> "not tested" in render([RunRecord(Path("run"))])
     True
     """
-    import jinja2
+    import jinja2  # noqa: PLC0415
 
     found = compare(runs)
     colours = _colours(found)
@@ -102,8 +101,8 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None) -> str:
         legend=[(m.title, colours[m.title]) for m in found.methods],
         results=_results(found, colours),
         curves=_curves(found, colours),
-        cases=_test_cases(focus, baseline),
-        samples=_samples(focus),
+        cases=gallery.test_cases(focus, baseline),
+        samples=gallery.samples(focus),
         gate=_gate(found),
         data=_data(runs, focus),
         settings=_settings(runs),
@@ -115,7 +114,7 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None) -> str:
 
 
 def _version() -> str:
-    import semisam
+    import semisam  # noqa: PLC0415
 
     return semisam.__version__
 
@@ -170,7 +169,11 @@ def verdict(found: Comparison) -> tuple[str, list[str], str]:
         headline, tone = f"{method.title} is better than {_listed(map(_opponent, gains))}.", "good"
     same = "the same draws and seeds" if gains[0].over == "draws" else "the same cases"
     differences = "; ".join(_gain_text(gain) for gain in gains)
-    return headline, [lead, f"Difference in Dice on {same}: {differences}.", *_cautions(gains[0], method)], tone
+    return (
+        headline,
+        [lead, f"Difference in Dice on {same}: {differences}.", *_cautions(gains[0], method)],
+        tone,
+    )
 
 
 def _is_base(method: Method, baseline: Method) -> bool:
@@ -249,7 +252,7 @@ def _colours(found: Comparison) -> dict[str, str]:
 
 
 def _focus(found: Comparison) -> RunRecord:
-    """The run that is shown in pictures: the first draw of the best method of ours, else of the last method."""
+    """The run that is shown in pictures: the first draw of our best method, else of the best one."""
     ours = [m for m in found.methods if m.ours] or found.methods
     best = max(ours, key=lambda m: np.nan_to_num(m.statistic("dice").mean, nan=-1.0))
     return best.runs[0]
@@ -395,7 +398,8 @@ def _draws_table(methods: Sequence[Method], colours: dict[str, str]) -> dict[str
         rows.append(
             {
                 "draw": draw_text(draw),
-                "labeled": ", ".join(labeled[:8]) + (f" and {len(labeled) - 8} more" if len(labeled) > 8 else ""),
+                "labeled": ", ".join(labeled[:8])
+                + (f" and {len(labeled) - 8} more" if len(labeled) > 8 else ""),
                 "values": [f"{v:.3f}" if np.isfinite(v) else "–" for v in values],
             }
         )
@@ -407,9 +411,7 @@ def _draws_picture(methods: Sequence[Method], colours: dict[str, str]) -> str | 
     if len(methods) < 2:
         return None
     if len(draws) > 1:
-        rows = [
-            [m.scores()[d].mean("dice") if d in m.scores() else np.nan for m in methods] for d in draws
-        ]
+        rows = [[m.scores()[d].mean("dice") if d in m.scores() else np.nan for m in methods] for d in draws]
         title, what = "Test Dice of every draw", "draw"
         names = [f"draw {d[0]}" if len({d[1] for d in draws}) == 1 else draw_text(d) for d in draws]
     else:
@@ -417,7 +419,9 @@ def _draws_picture(methods: Sequence[Method], colours: dict[str, str]) -> str | 
         means = [next(iter(m.scores().values())).case_means("dice") for m in methods]
         rows = [[mean.get(case, np.nan) for mean in means] for case in cases]
         title, what, names = "Test Dice of every case", "case", []
-    text = "; ".join(f"{m.title} {Statistic.of(c).mean:.3f}" for m, c in zip(methods, zip(*rows, strict=True), strict=True))
+    text = "; ".join(
+        f"{m.title} {Statistic.of(c).mean:.3f}" for m, c in zip(methods, zip(*rows, strict=True), strict=True)
+    )
     return pictures.draws_chart(
         title,
         [(m.title, colours[m.title]) for m in methods],
@@ -471,7 +475,9 @@ def _log_chart(
         ends.append(f"{title_} from {y[0]:.3g} to {y[-1]:.3g}")
     if not series:
         return None
-    return pictures.line_chart(title, series + bold, alt=f"{title} over the steps: {'; '.join(ends)}.", zero=zero)
+    return pictures.line_chart(
+        title, series + bold, alt=f"{title} over the steps: {'; '.join(ends)}.", zero=zero
+    )
 
 
 def _mean_line(lines: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -519,281 +525,6 @@ def _validation_line(run: RunRecord) -> tuple[Any, Any] | None:
     return x, np.array([np.nanmean(steps[step]) for step in x])
 
 
-# ---- test cases -------------------------------------------------------------------------------------
-
-
-def _test_cases(focus: RunRecord, baseline: RunRecord | None) -> dict[str, Any]:
-    """Best, median and worst case of the focus run as slices, or a sentence why there are none."""
-    if not focus.scores:
-        return {"rows": [], "why": "The run was not tested, so there are no cases to show."}
-    if not focus.predictions:
-        return {"rows": [], "why": "The predicted label maps were not kept beside the figures."}
-    means = focus.scores.case_means("dice")
-    order = sorted(means, key=lambda case: (-means[case], case))
-    chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
-    chosen = {rank: case for i, (rank, case) in enumerate(chosen.items()) if case not in order[:1] or i == 0}
-    rows = []
-    problems = []
-    for rank, case in chosen.items():
-        try:
-            rows.append(_case_row(rank, case, means[case], focus, baseline))
-        except (OSError, ValueError, LookupError) as error:
-            problems.append(f"{case}: {error}")
-    return {
-        "rows": rows,
-        "why": f"The scans could not be shown: {problems[0]}" if problems else "",
-        "run": compare([focus]).methods[0].title + f", {draw_text(focus.draw)}",
-        "classes": _class_legend(focus),
-    }
-
-
-def _class_legend(run: RunRecord) -> list[tuple[str, str]]:
-    names = list(run.meta.get("class_names", []))[1:] or (run.scores.classes if run.scores else [])
-    return [(name, CLASS_COLOURS[i % len(CLASS_COLOURS)]) for i, name in enumerate(names)]
-
-
-def _case_row(
-    rank: str, case: str, dice: float, focus: RunRecord, baseline: RunRecord | None
-) -> dict[str, Any]:
-    image, spacing, truth = _read_case(focus, case)
-    prediction = _read_map(focus.predictions, case, truth.shape)
-    axis = pictures.slice_axis(truth.shape, spacing) if truth.ndim == 3 else None
-    index = _fullest(np.isin(truth, (0, 255), invert=True), axis)
-    aspect = _aspect(spacing, axis, truth.ndim)
-
-    def at(array: Any) -> Any:
-        return pictures.take_slice(array, axis, index)
-
-    shown = np.moveaxis(image, 0, -1)[..., :3] if axis is None and image.shape[0] == 3 else at(image[0])
-    if shown.ndim == 3:
-        shown = (shown - shown.min()) / max(float(shown.max() - shown.min()), 1e-6)
-    outline = _outlines(at(truth))
-    where = f"{rank} case {case}"
-    panels = [
-        _figure("image", pictures.panel(shown, alt=f"{where}: the scan", aspect=aspect)),
-        _figure("truth", pictures.panel(shown, alt=f"{where}: true outline", contours=outline, aspect=aspect)),
-        _figure(
-            f"{compare([focus]).methods[0].title}, Dice {dice:.3f}",
-            pictures.panel(
-                shown,
-                alt=f"{where}: outline predicted by {compare([focus]).methods[0].title}, Dice {dice:.3f}",
-                contours=_outlines(at(prediction)),
-                aspect=aspect,
-            ),
-        ),
-    ]
-    if baseline and baseline.predictions and baseline.scores:
-        other = baseline.scores.case_means("dice").get(case, float("nan"))
-        name = compare([baseline]).methods[0].title
-        try:
-            label = _read_map(baseline.predictions, case, truth.shape)
-        except (OSError, ValueError):
-            label = None
-        if label is not None:
-            panels.append(
-                _figure(
-                    f"{name}, Dice {other:.3f}",
-                    pictures.panel(
-                        shown,
-                        alt=f"{where}: outline predicted by {name}, Dice {other:.3f}",
-                        contours=_outlines(at(label)),
-                        aspect=aspect,
-                    ),
-                )
-            )
-    uncertainty = _uncertainty(focus, case, truth.shape)
-    if uncertainty is not None:
-        panels.append(
-            _figure(
-                "uncertainty",
-                pictures.panel(
-                    at(uncertainty),
-                    alt=f"{where}: uncertainty, with the true outline",
-                    heat=True,
-                    window=(0.0, 1.0),
-                    contours=[Contour(c.mask, "#ffffff", dashed=True, width=1.1) for c in outline],
-                    aspect=aspect,
-                ),
-            )
-        )
-    place = f"slice {index} of axis {axis}" if axis is not None else ""
-    return {"rank": rank, "case": case, "place": place, "panels": panels}
-
-
-def _figure(caption: str, svg: str) -> dict[str, str]:
-    return {"caption": caption, "svg": svg}
-
-
-def _outlines(label: Any) -> list[Contour]:
-    values = [v for v in np.unique(label) if v not in (0, 255)]
-    return [Contour(label == v, CLASS_COLOURS[(int(v) - 1) % len(CLASS_COLOURS)]) for v in values]
-
-
-def _fullest(mask: Any, axis: int | None) -> int | None:
-    if axis is None:
-        return None
-    counts = mask.sum(axis=tuple(i for i in range(mask.ndim) if i != axis))
-    return int(np.argmax(counts)) if counts.any() else mask.shape[axis] // 2
-
-
-def _aspect(spacing: Sequence[float] | None, axis: int | None, ndim: int) -> float:
-    """Height over width of a voxel in `pictures.take_slice`."""
-    if spacing is None:
-        return 1.0
-    if axis is None:
-        return float(spacing[0] / spacing[1])
-    across, up = (spacing[i] for i in range(ndim) if i != axis)
-    return float(up / across)
-
-
-def _read_case(run: RunRecord, case: str) -> tuple[Any, Any, Any]:
-    """(image [channels, *S], spacing, label [*S]) of a test case of a run."""
-    from semisam.engine import cases
-
-    root = run.setting("data.root", "")
-    if not root or not Path(root).is_dir():
-        raise ValueError(f"the data folder {root or '(not named in config.yaml)'} is not there")
-    found = cases.find_cases(root, layout=run.setting("data.layout", "auto"))
-    for one in (*found.test, *found.validation, *found.cases):
-        if one.id == case:
-            volume = cases.read_image(one)
-            label = cases.read_label(one, run.setting("data.label_map"))
-            return volume.array, volume.spacing, label
-    raise ValueError(f"no such case in {root}")
-
-
-def _read_map(folder: Path | None, case: str, shape: tuple[int, ...]) -> Any:
-    """A label or probability map of one case as an array of that shape."""
-    if folder is None:
-        raise ValueError("no folder of predictions")
-    for suffix in (".nii.gz", ".nii", ".png", ".h5"):
-        path = folder / f"{case}{suffix}"
-        if path.is_file():
-            array = _read_array(path)
-            if array.shape != shape:
-                raise ValueError(f"{path.name}: expected shape {shape}, got {array.shape}")
-            return array
-    raise ValueError(f"no map of it in {folder}")
-
-
-def _read_array(path: Path) -> Any:
-    if path.suffix == ".h5":
-        import h5py
-
-        with h5py.File(path) as file:
-            return file["label" if "label" in file else next(iter(file))][()]
-    if path.suffix == ".png":
-        from PIL import Image
-
-        with Image.open(path) as image:
-            return np.asarray(image)
-    import nibabel as nib
-
-    return np.asarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
-
-
-def _uncertainty(run: RunRecord, case: str, shape: tuple[int, ...]) -> Any:
-    if run.predictions is None:
-        return None
-    try:
-        found = _read_map(run.predictions.parent / "uncertainty", case, shape)
-    except (OSError, ValueError):
-        return None
-    return found.astype(np.float32) / 255 if found.dtype == np.uint8 else found
-
-
-# ---- what the generalist taught -----------------------------------------------------------------------
-
-
-def _samples(focus: RunRecord) -> dict[str, Any]:
-    """Rows of pictures of what the term saw and answered, from the first step to the last."""
-    files = focus.samples
-    if len(files) > SAMPLE_ROWS:
-        files = [files[i] for i in np.linspace(0, len(files) - 1, SAMPLE_ROWS).round().astype(int)]
-    rows = []
-    problems = []
-    for path in files:
-        try:
-            rows.append(_sample_row(path))
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            problems.append(f"{path.name}: {error}")
-    why = "This method has no generalist's term, or the run kept no samples of it." if not files else ""
-    if problems:
-        why = "Some samples could not be shown: " + "; ".join(problems)
-    return {"rows": rows, "why": why, "classes": _class_legend(focus)}
-
-
-def _sample_row(path: Path) -> dict[str, Any]:
-    step = int(path.stem.split("_")[1])
-    with np.load(path, allow_pickle=False) as file:
-        sample = {name: file[name] for name in file.files}
-    image = np.asarray(sample["image"], np.float32)
-    space = np.asarray(sample["weight"]).shape
-    image = image.reshape(-1, *space)[0]
-    target, prediction = (_labels(sample[name], space) for name in ("target", "prediction"))
-    axis = pictures.slice_axis(space) if len(space) == 3 else None
-    clicks, signs = _clicks(sample, len(space))
-    index = _fullest(target > 0, axis) if (target > 0).any() else _fullest(prediction > 0, axis)
-
-    def at(array: Any) -> Any:
-        return pictures.take_slice(array, axis, index)
-
-    marks = [_mark(click, bool(sign), axis, index, space) for click, sign in zip(clicks, signs, strict=True)]
-    marks = [mark for mark in marks if mark.away <= 6]
-    base = at(image)
-    where = f"step {step}"
-    positive = sum(mark.positive for mark in marks)
-    panels = [
-        _figure(
-            "specialist and clicks",
-            pictures.panel(
-                base,
-                alt=f"{where}: patch with the specialist's outline, {positive} positive and "
-                f"{len(marks) - positive} negative clicks",
-                contours=_outlines(at(prediction)),
-                clicks=marks,
-            ),
-        ),
-        _figure(
-            "pseudo-label",
-            pictures.panel(base, alt=f"{where}: outline of the pseudo-label", contours=_outlines(at(target))),
-        ),
-        _figure(
-            "uncertainty",
-            pictures.panel(
-                at(sample["uncertainty"]), alt=f"{where}: uncertainty", heat=True, window=(0.0, 1.0)
-            ),
-        ),
-        _figure(
-            "weight",
-            pictures.panel(at(sample["weight"]), alt=f"{where}: weight", heat=True, window=(0.0, 1.0)),
-        ),
-    ]
-    return {"step": step, "panels": panels}
-
-
-def _labels(probability: Any, space: tuple[int, ...]) -> Any:
-    """Labels [*S] of class probabilities [C, *S], or labels as they are."""
-    array = np.asarray(probability)
-    return array.argmax(0) if array.ndim == len(space) + 1 else array
-
-
-def _clicks(sample: dict[str, Any], ndim: int) -> tuple[Any, Any]:
-    """Coordinates [n, ndim] and signs [n] of the clicks that were made (label -1: none)."""
-    table = np.asarray(sample.get("clicks", np.zeros((0, ndim + 1)))).reshape(-1, ndim + 1)
-    table = table[table[:, -1] >= 0]
-    return table[:, :ndim], table[:, ndim] == 1
-
-
-def _mark(click: Any, positive: bool, axis: int | None, index: int | None, space: tuple[int, ...]) -> Click:
-    """Where a click lies in `pictures.take_slice` of the volume."""
-    if axis is None or index is None:
-        return Click(float(click[0]), float(click[1]), positive)
-    across, up = (i for i in range(3) if i != axis)
-    away = abs(float(click[axis]) - index)
-    return Click(space[up] - 1 - float(click[up]), float(click[across]), positive, away)
-
-
 # ---- the gate ---------------------------------------------------------------------------------------
 
 CANDIDATES = {
@@ -811,13 +542,19 @@ def _gate(found: Comparison) -> dict[str, Any] | None:
     for method, run in runs:
         steps = list(dict.fromkeys(row.get("step", "") for row in run.gate))
         candidates = list(dict.fromkeys(row.get("candidate", "") for row in run.gate))
-        kept = steps if len(steps) <= 8 else [steps[i] for i in np.linspace(0, len(steps) - 1, 8).round().astype(int)]
+        kept = (
+            steps
+            if len(steps) <= 8
+            else [steps[i] for i in np.linspace(0, len(steps) - 1, 8).round().astype(int)]
+        )
         rows = []
         for step in kept:
             here = [row for row in run.gate if row.get("step") == step]
             cells = []
             for candidate in candidates:
-                dice = Statistic.of(number(r.get("dice")) for r in here if r.get("candidate") == candidate).mean
+                dice = Statistic.of(
+                    number(r.get("dice")) for r in here if r.get("candidate") == candidate
+                ).mean
                 chosen = any(r.get("candidate") == candidate and r.get("chosen") == "1" for r in here)
                 cells.append({"text": f"{dice:.3f}" if np.isfinite(dice) else "–", "best": chosen})
             rows.append({"step": step, "cells": cells})
@@ -848,7 +585,11 @@ def _gate_sentence(run: RunRecord, steps: Sequence[str]) -> str:
         text += ", because the generalist did no better on the labeled scans"
     if changes == 0:
         return text + ("." if len(steps) == 1 else f"; that was so at all {len(steps)} measurements.")
-    start = _listed([CANDIDATES.get(c, f"the generalist {c.replace('_', ' ')}") for c in first]) if first else "nothing"
+    start = (
+        _listed([CANDIDATES.get(c, f"the generalist {c.replace('_', ' ')}") for c in first])
+        if first
+        else "nothing"
+    )
     times = "once" if changes == 1 else f"{changes} times"
     return f"{text}; the choice changed {times} in {len(steps)} measurements and began with {start}."
 
@@ -873,7 +614,12 @@ def _data(runs: Sequence[RunRecord], focus: RunRecord) -> dict[str, Any]:
     for run in runs:
         draws.setdefault(run.draw, run.split.get("labeled", []))
     varying = [{"draw": draw_text(d), "ids": ", ".join(ids)} for d, ids in sorted(draws.items())]
-    return {"rows": rows, "roles": roles, "draws": varying if len(varying) > 1 else [], "of": draw_text(focus.draw)}
+    return {
+        "rows": rows,
+        "roles": roles,
+        "draws": varying if len(varying) > 1 else [],
+        "of": draw_text(focus.draw),
+    }
 
 
 def _spacing_text(spacing: Any) -> str:
@@ -887,7 +633,9 @@ def _spacing_text(spacing: Any) -> str:
 def _settings(runs: Sequence[RunRecord]) -> dict[str, Any]:
     configs = [flat(run.config) for run in runs]
     keys = list(dict.fromkeys(key for config in configs for key in config))
-    common = [(k, _plain(configs[0].get(k))) for k in keys if all(c.get(k) == configs[0].get(k) for c in configs)]
+    common = [
+        (k, _plain(configs[0].get(k))) for k in keys if all(c.get(k) == configs[0].get(k) for c in configs)
+    ]
     differing = [k for k in keys if k not in dict(common)]
     table = [
         {"run": run.path.name, "values": [_plain(config.get(k)) for k in differing]}
@@ -915,7 +663,7 @@ def _plain(value: Any) -> str:
 
 
 def _hashes(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
-    found = {}
+    found: dict[str, str] = {}
     for run in runs:
         hashes = run.meta.get("sha256", {})
         for name, value in hashes.items() if isinstance(hashes, dict) else ():

@@ -272,7 +272,7 @@ def _part(run: RunRecord, name: str, consequence: str, read: Any) -> Any:
 
 
 def _read_yaml(path: Path) -> Any:
-    import yaml
+    import yaml  # noqa: PLC0415
 
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
