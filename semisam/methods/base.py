@@ -220,8 +220,8 @@ class TeacherMethod(Method):
         a = ema_decay(step, self.config.ema_decay)
         for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             ours.mul_(a).add_(theirs, alpha=1 - a)
-        for ours, theirs in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
-            ours.copy_(theirs)
+        for copy, buffer in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
+            copy.copy_(buffer)
 
     @torch.no_grad()
     def teacher_probabilities(self, images: Any) -> Any:
