@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import semisam
 
 COMMANDS: dict[str, str] = {
+    "train": "train a specialist on labeled and unlabeled scans",
     "doctor": "show build, backends, threads and versions, and why something is missing",
     "evaluate": "measure predictions against the truth, per case and class",
     "report": "write report.html of one run, or of several methods and draws",
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if not word.startswith("-")), "")
-    options = parser(chosen).parse_args(words)
+    options = parser(chosen).parse_args(words, argparse.Namespace(words=words))
     try:
         code: int = options.run(options)
     except CommandError as error:
