@@ -132,9 +132,10 @@ def voxel_loss(
     `logits` is [B, C, *S] with one to three spatial dimensions, f16, bf16, f32 or f64, torch (with
     gradient) or NumPy (values only); arithmetic is float32 (float64 for float64), sums are float64.
     `activation`: "softmax", "sigmoid" (ce, dice, mse; with C = 1 a label 1 is the channel's class), or
-    "none": the input already is a probability (dice, mse). `reduction="none"` returns a tuple with an
-    array per term instead, without scale: dice [b or 1, C'] class losses times class weight (C' = C - 1
-    without background), others one value per sample [b], normalized by that sample's weights.
+    "none": the input already is a probability (dice, mse). `reduction="terms"` returns the summands
+    [terms], each with its scale; "none" returns a tuple with an array per term, without scale: dice
+    [b or 1, C'] class losses times class weight (C' = C - 1 without background), others one value per
+    sample [b], normalized by that sample's weights.
 
     Results are float32 (float64 for float64 logits) and do not depend on the number of threads.
     Raises TypeError for arrays of mixed kinds or wrong dtypes, ValueError for shapes that do not fit,
@@ -170,8 +171,8 @@ class _Plan:
             raise ValueError(
                 f"voxel_loss(): activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}"
             )
-        if reduction not in ("sum", "none"):
-            raise ValueError(f"voxel_loss(): reduction: expected sum or none, got {reduction!r}")
+        if reduction not in ("sum", "terms", "none"):
+            raise ValueError(f"voxel_loss(): reduction: expected sum, terms or none, got {reduction!r}")
         if not len(terms):
             raise ValueError("voxel_loss(): terms: expected at least one Term, got none")
         if not isinstance(logits, (torch.Tensor, np.ndarray)):
@@ -190,7 +191,8 @@ class _Plan:
         self.logits = logits
         self.shape = tuple(logits.shape)
         self.terms = tuple(terms)
-        self.sum = reduction == "sum"
+        self.reduction = reduction
+        self.sum = reduction != "none"
         self.activation = _ACTIVATIONS.index(activation)
         self.targets: list[Any] = []
         self.weights: list[Any] = []
@@ -280,13 +282,13 @@ class _Plan:
         if isinstance(values, np.ndarray):
             dtype: Any = np.float64 if self.logits.dtype == np.float64 else np.float32
             if self.sum:
-                scales = np.array([t.scale for t in self.terms])
-                return dtype((values.sum((1, 2)) * scales).sum())
+                summands = values.sum((1, 2)) * np.array([t.scale for t in self.terms])
+                return summands.astype(dtype) if self.reduction == "terms" else dtype(summands.sum())
             return tuple(self._none(i, values[i]).astype(dtype) for i in range(len(self.terms)))
         dtype = torch.float64 if self.logits.dtype == torch.float64 else torch.float32
         if self.sum:
-            scales = values.new_tensor([t.scale for t in self.terms])
-            return (values.sum((1, 2)) * scales).sum().to(dtype)
+            summands = values.sum((1, 2)) * values.new_tensor([t.scale for t in self.terms])
+            return (summands if self.reduction == "terms" else summands.sum()).to(dtype)
         return tuple(self._none(i, values[i]).to(dtype) for i in range(len(self.terms)))
 
     def _none(self, i: int, value: Any) -> Any:

@@ -486,7 +486,7 @@ Y = torch.zeros(2, 4, 5, dtype=torch.long)
         (
             lambda: voxel_loss(Z, [Term("ce", Y)], reduction="mean"),
             ValueError,
-            r"reduction: expected sum or none, got 'mean'",
+            r"reduction: expected sum, terms or none, got 'mean'",
         ),
         (
             lambda: voxel_loss([1.0], [Term("ce", Y)]),

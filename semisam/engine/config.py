@@ -3,10 +3,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Config", "DataConfig", "MethodConfig", "SpecialistConfig", "TermConfig", "TrainConfig"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "MethodConfig",
+    "SpecialistConfig",
+    "TermConfig",
+    "TrainConfig",
+    "check",
+    "differences",
+    "dump",
+    "from_dict",
+    "load",
+    "parse_setting",
+]
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type or out of range; the text names its key."""
 
 
 @dataclass
@@ -105,3 +130,274 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     term: TermConfig = field(default_factory=TermConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str] | None = None, settings: Iterable[tuple[str, Any]] = ()) -> Config:
+    """Return the configuration: defaults, over them a YAML or TOML file, over that single settings.
+
+    `settings` are pairs of a dotted key and its value, later ones win; see `parse_setting` for those of
+    a command line. The file has the sections data, specialist, method, term, train. Nothing is checked
+    beyond names and types; `check` does the rest.
+
+    Raises ConfigError for unknown keys (with the nearest name), values of the wrong type, and a file
+    that cannot be read.
+
+    >>> from semisam.engine import config
+    >>> made = config.load(settings=[("train.steps", 2000), ("train.lr", 1e-3)])
+    >>> made.train.steps, made.train.lr, made.train.momentum
+    (2000, 0.001, 0.9)
+    >>> config.load(settings=[("train.stpes", 2000)])
+    Traceback (most recent call last):
+    semisam.engine.config.ConfigError: train.stpes: no such setting; did you mean train.steps?
+    """
+    tree = {} if path is None else _read(Path(path))
+    for key, value in settings:
+        *sections, leaf = key.split(".")
+        place: dict[str, Any] = tree
+        for section in sections:
+            inner = place.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{key}: no such setting; {section} is a single value")
+            place = inner
+        place[leaf] = value
+    return from_dict(tree)
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """Return the configuration that a nested mapping describes; what it does not name has its default.
+
+    Raises ConfigError as `load` does.
+
+    >>> from semisam.engine import config
+    >>> config.from_dict({"data": {"labeled": 4}}).data.labeled
+    4
+    >>> config.from_dict({"train": {"steps": "many"}})
+    Traceback (most recent call last):
+    semisam.engine.config.ConfigError: train.steps: expected a whole number, got 'many'
+    """
+    made: Config = _section(Config, tree, "")
+    return made
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Return key and value of "key=value"; the value is read as YAML.
+
+    Raises ConfigError if there is no key or the value is no YAML.
+
+    >>> from semisam.engine.config import parse_setting
+    >>> parse_setting("train.patch_size=[32, 48, 32]")
+    ('train.patch_size', [32, 48, 32])
+    """
+    import yaml  # noqa: PLC0415
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: expected KEY=VALUE, for example train.lr=0.02")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text}: expected a number, text or [list] as value") from None
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """Return the configuration as nested dictionaries, lists and plain values; `from_dict` undoes it.
+
+    >>> from semisam.engine.config import Config, dump, from_dict
+    >>> from_dict(dump(Config())) == Config()
+    True
+    """
+    return asdict(config)
+
+
+def differences(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
+    """Return {dotted key: (our value, their value)} of the settings that differ.
+
+    >>> from semisam.engine import config
+    >>> config.differences(config.Config(), config.load(settings=[("train.lr", 0.1)]))
+    {'train.lr': (0.01, 0.1)}
+    """
+    a, b = _flat(dump(ours)), _flat(dump(theirs))
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, inner in tree.items() for key, value in inner.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml  # noqa: PLC0415
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            try:
+                import tomllib  # noqa: PLC0415
+            except ModuleNotFoundError:  # Python 3.10
+                import tomli as tomllib  # noqa: PLC0415
+            tree: Any = tomllib.loads(text)
+        else:
+            tree = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: expected YAML (or TOML in a .toml file): {error}") from None
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{path}: expected sections with settings, got {type(tree).__name__}")
+    return tree or {}
+
+
+def _section(kind: Any, tree: Any, name: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{name}: expected a section with settings, got {tree!r}")
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in tree.items():
+        dotted = f"{name}.{key}" if name else str(key)
+        if key not in hints:
+            raise ConfigError(f"{dotted}: no such setting{_nearest(dotted)}")
+        if is_dataclass(hints[key]):
+            values[key] = _section(hints[key], {} if value is None else value, dotted)
+        else:
+            values[key] = _typed(value, hints[key], dotted)
+    return kind(**values)
+
+
+def _nearest(dotted: str) -> str:
+    known = list(_flat(dump(Config())))
+    leaf = dotted.rpartition(".")[2]
+    same = [key for key in known if key.rpartition(".")[2] == leaf]
+    near = same or difflib.get_close_matches(dotted, known, 1, 0.7)
+    if not near:
+        by_leaf = {key.rpartition(".")[2]: key for key in known}
+        near = [by_leaf[n] for n in difflib.get_close_matches(leaf, by_leaf, 1)]
+    near = near or difflib.get_close_matches(dotted, [f.name for f in fields(Config)], 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "nothing"}
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """The value as the type that the field has, or an error; numbers may be written as text (1e-4)."""
+    made = _as(value, hint)
+    if made is _NO:
+        quoted = "; put it in quotes" if "text" in _words(hint) and not isinstance(value, dict) else ""
+        raise ConfigError(f"{key}: expected {_words(hint)}, got {value!r}{quoted}")
+    return made
+
+
+_NO = object()
+
+
+def _as(value: Any, hint: Any) -> Any:  # noqa: PLR0911
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        made = (_as(value, kind) for kind in arguments)
+        return next((m for m in made if m is not _NO), _NO)
+    if origin is list:
+        items = [_as(v, arguments[0]) for v in value] if isinstance(value, (list, tuple)) else [_NO]
+        return _NO if any(item is _NO for item in items) else items
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            return _NO
+        pairs = [(_key(k, arguments[0]), _as(v, arguments[1])) for k, v in value.items()]
+        return _NO if any(_NO in (k, v) for k, v in pairs) else dict(pairs)
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value) if isinstance(value, (int, float, str)) else _NO
+        except ValueError:
+            return _NO
+    right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    return value if right else _NO
+
+
+def _key(key: Any, hint: Any) -> Any:
+    """Keys of mappings are text in TOML."""
+    return int(key) if hint is int and isinstance(key, str) and key.isdecimal() else _as(key, hint)
+
+
+def _words(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(kind) for kind in arguments)
+    if origin is list:
+        return f"a list of {_words(arguments[0]).removeprefix('a ')}s".replace("texts", "names")
+    if origin is dict:
+        return "a mapping"
+    return _WORDS.get(hint, str(hint))
+
+
+# ---- checking -----------------------------------------------------------------------------------
+
+_CHOICES = {
+    "data.layout": ("auto", "nnunet", "h5", "images"),
+    "data.normalize": ("zscore", "minmax", "none"),
+    "train.optimizer": ("sgd", "adam"),
+    "train.schedule": ("poly", "step", "constant"),
+    "train.precision": ("auto", "32", "bf16", "fp16"),
+    "train.device": ("auto", "cpu", "cuda"),
+}
+_AT_LEAST = {
+    "data.draw": 0,
+    "data.workers": 0,
+    "term.gate_every": 1,
+    "term.gate_steps": 1,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.labeled_batch": 1,
+    "train.accumulate": 1,
+    "train.validate_every": 1,
+    "train.checkpoint_every": 1,
+    "train.log_every": 1,
+    "train.momentum": 0,
+    "train.weight_decay": 0,
+    "train.seed": 0,
+}
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first setting that is out of range or does not fit the others.
+
+    >>> from semisam.engine import config
+    >>> config.check(config.load(settings=[("train.schedule", "cosine")]))
+    Traceback (most recent call last):
+    semisam.engine.config.ConfigError: train.schedule: expected one of poly, step, constant, got 'cosine'
+    """
+    from semisam import methods  # noqa: PLC0415
+
+    values = _flat(dump(config))
+    train = config.train
+    try:
+        methods.canonical_name(config.method.name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            raise ConfigError(f"{key}: expected one of {', '.join(choices)}, got {values[key]!r}")
+    for key, least in _AT_LEAST.items():
+        if values[key] is not None and not values[key] >= least:
+            raise ConfigError(f"{key}: expected at least {least}, got {values[key]}")
+    for key in ("train.lr", "train.clip_gradient"):
+        if values[key] is not None and not 0 < values[key] < math.inf:
+            raise ConfigError(f"{key}: expected a number above 0, got {values[key]}")
+    if train.labeled_batch > train.batch_size:
+        raise ConfigError(
+            f"train.labeled_batch: expected at most train.batch_size ({train.batch_size}, labeled and "
+            f"unlabeled together), got {train.labeled_batch}"
+        )
+    if methods.needs_unlabeled(config.method.name) and train.labeled_batch == train.batch_size:
+        raise ConfigError(
+            f"train.labeled_batch: expected less than train.batch_size ({train.batch_size}), as "
+            f"{config.method.name} learns from unlabeled patches too, got {train.labeled_batch}"
+        )
+    if len(train.patch_size) not in (2, 3) or min(train.patch_size) < 1:
+        raise ConfigError(f"train.patch_size: expected 2 or 3 sides in voxels, got {train.patch_size}")
+    if train.schedule == "step" and sorted(set(train.milestones)) != train.milestones:
+        raise ConfigError(f"train.milestones: expected increasing steps, got {train.milestones}")
+    if methods.needs_term(config.method.name) and not config.term.generalists:
+        raise ConfigError("term.generalists: expected at least one name for a semisam method, got none")

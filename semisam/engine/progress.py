@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TextIO, TypeVar
 
 __all__ = ["progress", "say"]
@@ -36,7 +36,7 @@ def progress(
     cases: 2/2 (...)
     """
     if total is None:
-        total = len(iterable) if hasattr(iterable, "__len__") else None
+        total = len(iterable) if isinstance(iterable, Sized) else None
     out = sys.stderr if file is None else file
     if not show:
         yield from iterable

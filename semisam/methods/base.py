@@ -7,10 +7,22 @@ the teacher. A new method is one subclass of `Method` and one entry of `methods.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["Batch", "Method"]
+import torch
+from torch import Tensor, nn
+
+import semisam
+from semisam.losses import Term, voxel_loss
+from semisam.schedules import consistency_weight, ema_decay
+
+__all__ = ["Batch", "Method", "TeacherMethod"]
 
 
 @dataclass
@@ -44,11 +56,258 @@ class Batch:
 
 
 class Method:
-    """Supervised training and the base of all methods; subclasses add terms to `losses`.
+    """Supervised training, and the base of all methods; subclasses add terms to `losses`.
 
-    `student` is the network being trained, `seed` with (step, sample id) determines all randomness that is
-    not dropout.
+        L_sup = lambda_ce CE + lambda_dice Dice
+
+    over the labeled samples of all ranks jointly, Dice with squared denominators. `config` is a
+    `MethodConfig` (any object with its fields); `student` is the network that is trained, `seed` with
+    (step, sample id) determines all randomness that is not dropout. `forward` is what runs the student
+    and may be replaced by a wrapper of it (the trainer's, for several ranks and mixed precision).
+
+    Papers: V-Net (arXiv 1606.04797) for Dice.
+
+    >>> import torch
+    >>> from semisam.engine.config import MethodConfig
+    >>> from semisam.methods.base import Batch, Method
+    >>> method = Method(MethodConfig(), torch.nn.Conv2d(1, 2, 1), num_classes=2, total_steps=10)
+    >>> batch = Batch(torch.rand(2, 1, 8, 8), torch.ones(1, 8, 8, dtype=torch.uint8), ids=(0, 1))
+    >>> sorted(method.losses(batch, step=0))
+    ['ce', 'dice']
     """
 
     name = "supervised"
     uses_unlabeled = False
+    terms: tuple[str, ...] = ("ce", "dice")
+    teacher: nn.Module | None = None
+
+    def __init__(
+        self,
+        config: Any,
+        student: nn.Module,
+        *,
+        num_classes: int,
+        total_steps: int,
+        seed: int = 0,
+        term: Any = None,
+    ) -> None:
+        if term is not None and not self.uses_unlabeled:
+            raise ValueError(f"{self.name}: term: expected None, as no unlabeled image is used, got {term}")
+        if not config.lambda_ce + config.lambda_dice > 0 or min(config.lambda_ce, config.lambda_dice) < 0:
+            raise ValueError(
+                f"method.lambda_ce, method.lambda_dice: expected numbers of at least 0, one above, got "
+                f"{config.lambda_ce} and {config.lambda_dice}"
+            )
+        self.config = config
+        self.student = student
+        self.forward: Callable[[Any], Any] = student
+        self.num_classes = num_classes
+        self.total_steps = total_steps
+        self.seed = seed
+        self.term = term
+        if term is not None:
+            self.terms = (*self.terms, "semisam")
+
+    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Return the weighted terms of step `step` (from 0), by name; the loss is their sum."""
+        return self._sweep(on_core(self.forward(batch.image[: batch.labeled])), batch, {})
+
+    def after_step(self, step: int) -> None:
+        """Do what follows the optimiser's step `step` (from 0)."""
+
+    def evaluation_network(self) -> nn.Module:
+        """Return the network that the best checkpoint is chosen by: the student, as published."""
+        return self.student
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what else than student and teacher a resumed run needs: the term's state."""
+        return {} if self.term is None else {"term": self.term.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        if self.term is not None:
+            self.term.load_state_dict(state["term"])
+
+    def _sweep(self, logits: Tensor, batch: Batch, more: dict[str, Term]) -> dict[str, Tensor]:
+        """Supervised terms and `more` (on the samples behind the labeled ones), in one sweep over voxels."""
+        labels = batch.label.to(logits.device)
+        if ranks() > 1:
+            logits, labels = _with_labeled_of_all_ranks(logits, labels)
+        shift = len(labels) - batch.labeled
+        shared: dict[str, Any] = {"target": labels, "samples": (0, len(labels))}
+        terms = {
+            "ce": Term("ce", **shared, scale=self.config.lambda_ce),
+            "dice": Term(
+                "dice",
+                **shared,
+                scale=self.config.lambda_dice,
+                include_background=self.config.include_background,
+            ),
+        }
+        for name, term in more.items():
+            first, last = term.samples or (0, 0)
+            terms[name] = replace(term, samples=(first + shift, last + shift))
+        values = voxel_loss(logits, list(terms.values()), reduction="terms")
+        return dict(zip(terms, values.unbind(), strict=True))
+
+
+class TeacherMethod(Method):
+    """Base of the methods whose teacher is the running mean of the student's weights.
+
+        theta_T <- a theta_T + (1 - a) theta_S after step t,   a = min(1 - 1/(t + 1), ema_decay)
+
+    Buffers (running statistics) are copied. Subclasses say in `_consistency` what the teacher teaches
+    and in `_prompt_source` which of its predictions (detached) the generalist's prompts are made from.
+
+    Paper: Mean Teacher (arXiv 1703.01780).
+
+    >>> import torch
+    >>> from semisam import methods
+    >>> from semisam.engine.config import MethodConfig
+    >>> student = torch.nn.Conv2d(1, 2, 1)
+    >>> method = methods.build(MethodConfig("mean-teacher"), student, num_classes=2, total_steps=10)
+    >>> with torch.no_grad():
+    ...     _ = student.bias.add_(1.0)
+    >>> method.after_step(0)  # the teacher begins as a copy
+    >>> torch.equal(method.teacher.bias, student.bias)
+    True
+    """
+
+    uses_unlabeled = True
+    terms = ("ce", "dice", "consistency")
+    teacher: nn.Module
+
+    def __init__(self, config: Any, student: nn.Module, **options: Any) -> None:
+        super().__init__(config, student, **options)
+        if config.noise < 0 or config.consistency_weight < 0:
+            raise ValueError(
+                f"method.noise, method.consistency_weight: expected numbers of at least 0, got "
+                f"{config.noise} and {config.consistency_weight}"
+            )
+        ema_decay(0, config.ema_decay)
+        self.teacher = deepcopy(student).requires_grad_(False).eval()
+
+    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Return the weighted terms of step `step` (from 0); `semisam` is the generalist's."""
+        logits = on_core(self.forward(batch.image))
+        if not batch.unlabeled:
+            return self._sweep(logits, batch, {})
+        first, last = batch.labeled, batch.labeled + batch.unlabeled
+        images, ids = batch.image[first:], batch.ids[first:]
+        consistency, source = self._consistency(images, ids, step, (first, last))
+        losses = self._sweep(logits, batch, {"consistency": consistency})
+        if self.term is not None:
+            probs = source if source is not None else self.teacher_probabilities(images)
+            losses["semisam"] = self.term(
+                on_core(images),
+                logits[first:],
+                on_core(probs),
+                step=step,
+                sample_ids=list(ids),
+                spacing=batch.spacing,
+            )
+        return losses
+
+    def _consistency(
+        self, images: Tensor, ids: Sequence[int], step: int, samples: tuple[int, int]
+    ) -> tuple[Term, Tensor | None]:
+        """Return the consistency term and, where the method has one, its own source of prompts."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Update the teacher after the optimiser's step `step` (from 0)."""
+        a = ema_decay(step, self.config.ema_decay)
+        for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            ours.mul_(a).add_(theirs, alpha=1 - a)
+        for copy, buffer in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
+            copy.copy_(buffer)
+
+    @torch.no_grad()
+    def teacher_probabilities(self, images: Any) -> Any:
+        """Return the teacher's clean prediction [B, C, *S] in evaluation mode, float32, without gradient."""
+        return self.teacher(images).float().softmax(1)
+
+    def _weight(self, step: int) -> float:
+        return consistency_weight(step, self.total_steps, weight=self.config.consistency_weight)
+
+    def _noisy(self, images: Tensor, ids: Sequence[int], step: int, draw: int) -> Tensor:
+        """Images + clip(noise N(0, 1), +-2 noise), the same for a sample whatever rank or batch it is in."""
+        sigma = self.config.noise
+        noise = torch.empty_like(images)
+        generator = torch.Generator(device=images.device)
+        for n, number in enumerate(ids):
+            generator.manual_seed(random_key(self.seed, step, number, draw))
+            noise[n].normal_(0.0, sigma, generator=generator)
+        return images + noise.clamp_(-2 * sigma, 2 * sigma)
+
+    @contextmanager
+    def _stochastic_teacher(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The teacher with dropout and batch statistics; its running statistics are left as they were."""
+        before = [buffer.clone() for buffer in self.teacher.buffers()]
+        self.teacher.train()
+        try:
+            with torch.no_grad():
+                yield lambda images: self.teacher(images).float()
+                for buffer, value in zip(self.teacher.buffers(), before, strict=True):
+                    buffer.copy_(value)
+        finally:
+            self.teacher.eval()
+
+
+def random_key(*numbers: int) -> int:
+    """Return a seed (0 .. 2^63 - 1) that is a well-mixed function of integers.
+
+    >>> from semisam.methods.base import random_key
+    >>> random_key(1337, 0, 1) == random_key(1337, 0, 1) != random_key(1337, 1, 0)
+    True
+    """
+    words = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little") >> 1
+
+
+def on_core(tensor: Any) -> Any:
+    """Return the tensor where the core's operators can read it: its device, or the CPU if that has none.
+
+    Gradients flow back through the copy.
+    """
+    return tensor if tensor.device.type in _devices() else tensor.cpu()
+
+
+@functools.cache
+def _devices() -> frozenset[str]:
+    return frozenset(semisam.info()["operators"]["voxel_loss_forward"])
+
+
+def ranks() -> int:
+    """Return the number of processes that train together."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def share_of(count: Tensor) -> float:
+    """Return this rank's `count` over the mean of all ranks: weights a local mean for a joint one."""
+    if ranks() == 1:
+        return 1.0
+    total = count.detach().double()
+    own = float(total)
+    torch.distributed.all_reduce(total)
+    return own * ranks() / float(total) if float(total) > 0 else 0.0
+
+
+def _with_labeled_of_all_ranks(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the labeled samples of every rank first, so that sums over them run over the whole batch.
+
+    Dice is no mean over samples, and cross entropy's is one over labeled voxels. The other ranks'
+    samples are constants here. As gradients are averaged over the ranks, the own ones are multiplied
+    by their number.
+    """
+    world, rank = ranks(), torch.distributed.get_rank()
+    own = logits[: len(labels)]
+    fixed = own.detach().contiguous()
+    pieces = [torch.empty_like(fixed) for _ in range(world)]
+    theirs = [torch.empty_like(labels) for _ in range(world)]
+    torch.distributed.all_gather(pieces, fixed)
+    torch.distributed.all_gather(theirs, labels.contiguous())
+    pieces[rank] = fixed + world * (own - fixed)  # the value of `own`, and `world` times its gradient
+    return torch.cat([*pieces, logits[len(labels) :]]), torch.cat(theirs)
