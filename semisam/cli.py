@@ -16,7 +16,9 @@ import semisam
 
 COMMANDS: dict[str, str] = {
     "doctor": "show build, backends, threads and versions, and why something is missing",
+    "predict": "segment scans with the network of a run",
     "evaluate": "measure predictions against the truth, per case and class",
+    "pseudo-label": "label unlabeled scans, the most doubtful first for review",
 }
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "case_rows",
     "evaluate_folders",
     "evaluate_pairs",
+    "evaluate_run",
     "match_folders",
     "read_label_file",
 ]
@@ -42,6 +43,7 @@ __all__ = [
 METRICS = ("dice", "jaccard", "hd95", "asd", "assd", "nsd")
 DISTANCES = ("hd95", "asd", "assd")
 IGNORE = 255
+LARGEST = "-largest-component"  # ending of the folder with largest components
 COLUMNS = (
     *("case", "group", "label", "class"),
     *METRICS,
@@ -676,3 +678,38 @@ def _check(
     if problems:
         raise EvaluationError(problems)
     return known, spacings
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def evaluate_run(
+    loaded: Any, role: str = "test", network: str = "student", **options: Any
+) -> dict[Path, Evaluation]:
+    """Measure the predictions of a run's role twice; returns both evaluations by the folder they are in.
+
+    RUN/role/checkpoint-network has metrics.csv and summary.json of the predictions in its folder
+    `predictions`, as they are; a folder of that name with "-largest-component" has those of each class's
+    largest component alone. `options` are those of `evaluate_pairs`. Classes and label map are the run's.
+
+    Raises EvaluationError as `evaluate_pairs` does, and CaseError as `semisam.engine.inference.role_cases`.
+    """
+    place = inference.split_folder(loaded, role, network)
+    problems: list[str] = []
+    pairs = []
+    for case in inference.role_cases(loaded, role):
+        path = place / "predictions" / f"{case.id}{inference.ENDINGS[case.kind]}"
+        if case.label is None:
+            problems.append(f"{case.id}: has no label")
+        elif not path.is_file():
+            problems.append(f"{case.id}: no prediction {path}")
+        else:
+            pairs.append(Pair(case.id, path, case.label, case.group))
+    names = {i: str(name) for i, name in enumerate(loaded.meta["class_names"]) if i}
+    options = {"classes": names, "label_map": loaded.config.data.label_map, "problems": problems} | options
+    folders = {}
+    for largest in (False, True):
+        found = evaluate_pairs(pairs, largest_component=largest, **options)
+        folder = place.with_name(place.name + LARGEST) if largest else place
+        folders[found.write(folder)] = found
+    return folders

@@ -8,6 +8,8 @@ Only the network is used here: no generalist and no prompt. The steps of a case 
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
 import sys
@@ -20,7 +22,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from semisam import fusion, masks
-from semisam.engine.cases import Case, CaseError, CaseSet, Volume, find_cases, read_image, write_label, write_map
+from semisam.engine.cases import (
+    Case,
+    CaseError,
+    CaseSet,
+    Volume,
+    find_cases,
+    read_image,
+    write_label,
+    write_map,
+)
 from semisam.engine.files import atomic
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress as reported
@@ -37,6 +48,8 @@ __all__ = [
     "load_run",
     "predict_case",
     "predict_cases",
+    "predict_split",
+    "role_cases",
     "sliding_window",
     "window_starts",
 ]
@@ -295,11 +308,14 @@ def device_named(name: str = "auto") -> Any:
     return device
 
 
-def predict_case(loaded: Any, case: Case, settings: Settings = Settings(), *, progress: bool = False) -> Prediction:
+def predict_case(
+    loaded: Any, case: Case, settings: Settings = Settings(), *, progress: bool = False
+) -> Prediction:
     """Return label, probabilities and, if asked, uncertainty of one scan.
 
     `loaded` is what `semisam.engine.checkpoint.load` returns; the network decides the device. The label
-    is the class of the largest mean softmax (of equal ones the first), restored to the file's grid.
+    is the class of the largest mean softmax (of equal ones the first), restored to the file's grid. A 2-D
+    network predicts a volume slice by slice: along the first axis of h5 files, the last of NIfTI files.
 
     Raises CaseError for scans that cannot be read or do not fit the network (number of channels or axes),
     ValueError for settings that do not fit, RuntimeError if the device's memory does not suffice.
@@ -311,9 +327,11 @@ def predict_case(loaded: Any, case: Case, settings: Settings = Settings(), *, pr
         raise ValueError("mc: the network has no dropout layer: every pass would be the same; leave mc out")
     volume = read_image(replace(case, label=None, channels=int(meta["channels"])))
     _check_axes(case, volume, int(meta["spatial_dims"]))
-    preparation = Preprocessing(config.data.spacing, config.data.normalize)
-    prepared = preparation.prepare(volume)
-    axis = volume.array.ndim - 2 if case.kind == "nifti" else 0
+    # The slices of a stack come first in h5 files, last in NIfTI files.
+    stacked = volume.array.ndim - 1 > int(meta["spatial_dims"])
+    axis = volume.array.ndim - 2 if stacked and case.kind == "nifti" else 0
+    preparation = Preprocessing.of(config, int(meta["spatial_dims"]))
+    prepared = preparation.prepare(_axis_first(volume, axis))
 
     def pass_over(dropout: bool) -> Any:
         probability = sliding_window(
@@ -323,11 +341,10 @@ def predict_case(loaded: Any, case: Case, settings: Settings = Settings(), *, pr
             settings.stride,
             batch=settings.batch,
             accumulate=settings.accumulate,
-            slice_axis=axis,
             dropout=dropout,
             progress=progress,
         )
-        return np.asarray(preparation.restore(np.asarray(probability), prepared), np.float32)
+        return np.ascontiguousarray(np.moveaxis(preparation.restore(probability, prepared), 1, 1 + axis))
 
     probability = pass_over(False)
     uncertainty = None
@@ -344,12 +361,21 @@ def predict_case(loaded: Any, case: Case, settings: Settings = Settings(), *, pr
     return Prediction(label, probability, uncertainty, volume)
 
 
+def _axis_first(volume: Volume, axis: int) -> Volume:
+    """The scan with one of its axes moved to the front."""
+    if axis == 0:
+        return volume
+    order = [axis, *(i for i in range(volume.array.ndim - 1) if i != axis)]
+    spacing = None if volume.spacing is None else tuple(volume.spacing[i] for i in order)
+    return Volume(np.moveaxis(volume.array, 1 + axis, 1), spacing, volume.header)
+
+
 def _check_axes(case: Case, volume: Volume, dims: int) -> None:
     axes = volume.array.ndim - 1
     if axes != dims and (axes, dims) != (3, 2):
         raise CaseError(
-            f"{case.id}: expected a scan of {'2 or 3' if dims == 2 else 3} axes for this {dims}-D network, got "
-            f"{' x '.join(map(str, volume.array.shape[1:]))}"
+            f"{case.id}: expected a scan of {'2 or 3' if dims == 2 else 3} axes for this {dims}-D network, "
+            f"got {' x '.join(map(str, volume.array.shape[1:]))}"
         )
 
 
@@ -387,7 +413,9 @@ class Outcome:
         """
         parts = [f"{len(self.written)} predicted"]
         if self.skipped:
-            parts.append(f"{len(self.skipped)} skipped, as their files are there (--overwrite predicts them again)")
+            parts.append(
+                f"{len(self.skipped)} skipped, as their files are there (--overwrite predicts them again)"
+            )
         if self.failed:
             parts.append(f"{len(self.failed)} failed:")
         lines = [", ".join(parts), *(f"  {reason_of(case, why)}" for case, why in self.failed.items())]
@@ -416,8 +444,8 @@ def predict_cases(
     `probability/<id>.nii.gz` (float32, 4-D, classes last) and `uncertainty/<id>.nii.gz` (float32). h5 scans
     give `<id>.h5` with the keys label, probability [C, *S] and uncertainty; pictures `<id>.png` (class
     numbers with a palette), `probability/<id>.h5` and `uncertainty/<id>.png` (0..255). Labels go to
-    `label_folder` in `out`. Cases whose files are all there are skipped unless `overwrite`. `each` is called with
-    every prediction after its files were written.
+    `label_folder` in `out`. Cases whose files are all there are skipped unless `overwrite`. `each` is
+    called with every prediction after its files were written.
 
     Raises OSError if nothing can be written (disk full): what was written before is whole, and the same
     command goes on from there.
@@ -497,15 +525,14 @@ def _write_h5(path: Path, values: Mapping[str, Any], like: Volume) -> None:
 
 def _write_probability(path: Path, prediction: Prediction) -> None:
     """All classes as one 4-D image, classes last, with the scan's geometry."""
-    import nibabel  # noqa: PLC0415
-
+    nibabel: Any = importlib.import_module("nibabel")  # untyped
     array = np.ascontiguousarray(np.moveaxis(prediction.probability, 0, -1))
     while array.ndim < 4:  # a 2-D scan: classes stay on the fourth axis
         array = array[..., None, :]
     header = prediction.volume.header.copy()
     header.set_data_dtype(np.float32)
-    nifti2 = isinstance(header, nibabel.Nifti2Header)
-    image: Any = (nibabel.Nifti2Image if nifti2 else nibabel.Nifti1Image)(array, header.get_best_affine(), header)
+    kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    image = kind(array, header.get_best_affine(), header)
     with atomic(path) as temporary:
         image.to_filename(temporary)
 
@@ -513,7 +540,9 @@ def _write_probability(path: Path, prediction: Prediction) -> None:
 # ---- which cases --------------------------------------------------------------------------------
 
 
-def cases_of(inputs: Sequence[str | os.PathLike[str]], known: Mapping[str, Case] | None = None, channels: int = 1) -> list[Case]:
+def cases_of(
+    inputs: Sequence[str | os.PathLike[str]], known: Mapping[str, Case] | None = None, channels: int = 1
+) -> list[Case]:
     """Return the cases of files, folders and ids; none of them has a label.
 
     A folder is a data set of a known layout (then all of its cases) or holds scans; files that end in
@@ -540,7 +569,9 @@ def cases_of(inputs: Sequence[str | os.PathLike[str]], known: Mapping[str, Case]
     seen: dict[str, Case] = {}
     for case in found:
         if case.id in seen:
-            problems.append(f"{case.id}: two inputs have this id: {seen[case.id].images[0]} and {case.images[0]}")
+            problems.append(
+                f"{case.id}: two inputs have this id: {seen[case.id].images[0]} and {case.images[0]}"
+            )
         seen[case.id] = case
     if problems:
         raise CaseError("\n".join(["the inputs cannot be used:", *(f"  {p}" for p in problems)]))
@@ -550,6 +581,69 @@ def cases_of(inputs: Sequence[str | os.PathLike[str]], known: Mapping[str, Case]
 def all_cases(found: CaseSet) -> dict[str, Case]:
     """Return every case of a data set by its id: training pool, validation, test."""
     return {case.id: case for case in (*found.cases, *found.validation, *found.test)}
+
+
+def split_of(run_dir: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Return the ids of a run by role, from its run.json; {} where it has none.
+
+    Raises CaseError if the file cannot be read.
+    """
+    place = Path(run_dir) / "run.json"
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CaseError(f"{place}: cannot be read: {error}") from error
+    found = content.get("split", {}) if isinstance(content, dict) else {}
+    return {str(role): [str(i) for i in ids] for role, ids in found.items() if isinstance(ids, list)}
+
+
+def run_cases(loaded: Any) -> dict[str, Case]:
+    """Return every case of the folder that a run was trained on, by id.
+
+    Raises CaseError if the folder is not there any more or has problems.
+    """
+    data = loaded.config.data
+    return all_cases(find_cases(data.root, data.layout))
+
+
+def role_cases(loaded: Any, role: str) -> list[Case]:
+    """Return the cases of a run with a role: labeled, unlabeled, validation or test.
+
+    The unlabeled ones come without their label, as in training. Raises CaseError if there are none of
+    that role, or some are not in the run's data any more.
+    """
+    ids = split_of(loaded.path).get(role, [])
+    if not ids:
+        raise CaseError(f"{loaded.path}: the run has no {role} cases: set data.{role} in training")
+    known = run_cases(loaded)
+    gone = [i for i in ids if i not in known]
+    if gone:
+        raise CaseError(
+            f"{loaded.config.data.root}: {role} cases of the run are gone: {', '.join(gone[:20])}"
+        )
+    found = [known[i] for i in ids]
+    return [replace(case, label=None) for case in found] if role == "unlabeled" else found
+
+
+def split_folder(loaded: Any, role: str, network: str) -> Path:
+    """Return where a run's predictions and scores of a role belong: RUN/role/checkpoint-network."""
+    return Path(loaded.path) / role / f"{loaded.checkpoint}-{network}"
+
+
+def predict_split(
+    loaded: Any,
+    role: str = "test",
+    network: str = "student",
+    settings: Settings = Settings(),
+    **options: Any,
+) -> tuple[Outcome, Path]:
+    """Predict the cases of a run's role into RUN/role/checkpoint-network/predictions.
+
+    `network` names the folder; `options` are those of `predict_cases`. Returns outcome and folder.
+    Raises as `role_cases` and `predict_cases` do.
+    """
+    place = split_folder(loaded, role, network) / "predictions"
+    return predict_cases(loaded, role_cases(loaded, role), place, settings, **options), place
 
 
 def _folder(path: Path) -> list[Any]:
