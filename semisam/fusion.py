@@ -32,6 +32,7 @@ __all__ = [
 
 _UNC = ("var", "ent", "mi")
 _WEIGHT = ("exp", "linear", "gate", "conf", "none")
+_ROUNDS = ("late", "last", "all")
 _WANT = ("mean", "label", "confidence", "uncertainty", "weight")
 
 
@@ -286,6 +287,9 @@ def source_weights(
     teacher: bool = True,
     b: float = 0.5,
     drop: float = 0.1,
+    *,
+    label: str = "late",
+    doubt: str | None = None,
 ) -> tuple[Any, Any]:
     """Return (weights, uncertainty_weights) for `fuse` from reliabilities and click rounds.
 
@@ -298,6 +302,9 @@ def source_weights(
                reliability < `drop` and for the teacher; else proportional to reliability^2 over
                generalists and equal over the rounds of one
         r_unc: (1 - b) r_lab, and b on the teacher (r_lab without a teacher)
+
+    `label` chooses the rounds that define the label: "late" as above, "last" or "all"; `doubt` those
+    behind r_unc (None: the same). The published SemiSAM+ is label="last", doubt="all", no teacher.
 
     A sample for which no generalist is left has zeros only, and `fuse` gives it weight 0; if that is
     every sample (`not weights.any()`) there is nothing to fuse. Raises ValueError for wrong lengths
@@ -328,22 +335,29 @@ def source_weights(
         raise ValueError(f"source_weights(): rounds: expected at least 0, got {done.tolist()}")
     if not 0 <= b <= 1:
         raise ValueError(f"source_weights(): b: expected a number from 0 to 1, got {b}")
+    _choice("source_weights", "label", label, _ROUNDS)
+    _choice("source_weights", "doubt", doubt or label, _ROUNDS)
     table = done.reshape(len(scores), -1)
     square = np.where(scores >= drop, scores**2, 0.0)
-    rows = []
-    for g, score in enumerate(square):
-        k = np.arange(table[g].max())[:, None]
-        first = np.minimum((table[g] + 1) // 2, table[g] - 1)
-        late = (k >= first) & (k < table[g])
-        rows.append(score * late / np.maximum(late.sum(0), 1))
-    r_lab = np.concatenate([*rows, np.zeros((int(teacher), table.shape[1]))])
-    total = r_lab.sum(0)
-    r_lab = np.divide(r_lab, total, out=np.zeros_like(r_lab), where=total > 0)
-    r_unc = r_lab.copy()
+    r_lab = _rounds_weighted(square, table, label, teacher)
+    r_unc = r_lab.copy() if doubt is None else _rounds_weighted(square, table, doubt, teacher)
     if teacher:
         r_unc *= 1 - b
-        r_unc[-1] = b * (total > 0)
+        r_unc[-1] = b * (r_lab.sum(0) > 0)
     return (r_lab[:, 0], r_unc[:, 0]) if done.ndim == 1 else (r_lab, r_unc)
+
+
+def _rounds_weighted(square: Any, table: Any, which: str, teacher: bool) -> Any:
+    """Weights [S, B] of all rounds: `square` per generalist, equal over the rounds that count."""
+    rows = []
+    for score, done in zip(square, table, strict=True):
+        first = {"late": np.minimum((done + 1) // 2, done - 1), "last": done - 1, "all": 0 * done}[which]
+        k = np.arange(done.max())[:, None]
+        counts = (k >= first) & (k < done)
+        rows.append(score * counts / np.maximum(counts.sum(0), 1))
+    weights = np.concatenate([*rows, np.zeros((int(teacher), table.shape[1]))])
+    total = weights.sum(0)
+    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
 
 
 def agreement(label: Any, target: Any, num_classes: int, *, ignore_index: int = 255) -> Any:

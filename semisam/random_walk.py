@@ -229,6 +229,9 @@ def mask_seeds(
     image: Any,
     mask: Any,
     *,
+    points: Any = None,
+    labels: Any = None,
+    radius: float = 2.0,
     weight: float = 2.0,
     colour_weight: float = 0.5,
     spatial_dims: int | None = None,
@@ -244,9 +247,11 @@ def mask_seeds(
 
     where c is the log-ratio of the smoothed 64-bin grey value histograms of the two seed sets, each
     mixed with 10 % uniform, clipped to +-3 (0 where one set is empty). An empty mask gives background
-    everywhere. Seeds are uint8, the prior float32, both of the mask's shape and the image's kind.
+    everywhere. Clicks (`points`, `labels`, `radius` as in `click_seeds`) become seeds, too, and win over
+    those of the mask. Seeds are uint8, the prior float32, both of the mask's shape and the image's kind.
 
-    Raises ValueError for a mask whose shape does not fit the image or that has NaN.
+    Raises ValueError for a mask whose shape does not fit the image or that has NaN, and as `click_seeds`
+    does for clicks.
 
     >>> import numpy as np
     >>> from semisam.random_walk import mask_seeds
@@ -272,6 +277,15 @@ def mask_seeds(
         if colour_weight:
             picture = images[i * len(images) // len(flat)]
             evidence[i] += np.float32(colour_weight) * _colour(picture, seeds[i])
+    if points is not None:
+        clicks, kinds = _clicks("mask_seeds", image, points, labels, space)
+        if len(kinds) != len(seeds):
+            raise ValueError(
+                f"mask_seeds(): labels: expected shape {(*mask.shape[: -len(space)], 'K')}, "
+                f"got {tuple(labels.shape)}"
+            )
+        for one, at, kind in zip(seeds, clicks, kinds, strict=True):
+            _stamp(one, at, kind, radius)
     prior = 1 / (1 + np.exp(-evidence))
     return _like(seeds.reshape(mask.shape), image), _like(prior.reshape(mask.shape), image)
 
@@ -353,8 +367,8 @@ def mask_prompt(
     """Return the foreground probability that image and a rough mask suggest together.
 
     `random_walker` on the `standardize`-d image (`sigma`) with `mask_seeds` (`weight`,
-    `colour_weight`); see there for shapes, formulas, the other arguments and errors. Clicks (`points`,
-    `labels`, `radius` as in `click_seeds`) become seeds, too, and win over those of the mask.
+    `colour_weight`, and the clicks `points`, `labels`, `radius`); see there for shapes, formulas, the
+    other arguments and errors.
 
     >>> import numpy as np
     >>> from semisam.random_walk import mask_prompt
@@ -368,20 +382,15 @@ def mask_prompt(
     """
     scaled = standardize(image, sigma=sigma, spatial_dims=spatial_dims)
     seeds, prior = mask_seeds(
-        scaled, mask, weight=weight, colour_weight=colour_weight, spatial_dims=spatial_dims
+        scaled,
+        mask,
+        points=points,
+        labels=labels,
+        radius=radius,
+        weight=weight,
+        colour_weight=colour_weight,
+        spatial_dims=spatial_dims,
     )
-    if points is not None:
-        space = _space("mask_prompt", image, spatial_dims)
-        clicks, kinds = _clicks("mask_prompt", image, points, labels, space)
-        flat = _numpy(seeds).reshape(-1, *space)
-        if len(flat) != len(kinds):
-            raise ValueError(
-                f"mask_prompt(): labels: expected shape {(*mask.shape[: -len(space)], 'K')}, "
-                f"got {tuple(labels.shape)}"
-            )
-        for i in range(len(flat)):
-            _stamp(flat[i], clicks[i], kinds[i], radius)
-        seeds = _like(flat.reshape(mask.shape), image)
     return random_walker(
         scaled,
         seeds,
@@ -510,8 +519,9 @@ def _clicks(
         raise ValueError(
             f"{function}(): points: expected shape {(*batch, '...', 'K', len(space))}, got {shape}"
         )
-    at = np.rint(_numpy(points)).astype(np.int64).reshape(-1, *shape[-2:])
-    kinds = _numpy(labels).reshape(-1, shape[-2])
+    problems = math.prod(shape[:-2])  # counted, since K = 0 leaves nothing to count by
+    at = np.rint(_numpy(points)).astype(np.int64).reshape(problems, *shape[-2:])
+    kinds = _numpy(labels).reshape(problems, shape[-2])
     if not np.isin(kinds, (-1, 0, 1)).all():
         wrong = kinds[~np.isin(kinds, (-1, 0, 1))][0]
         raise ValueError(f"{function}(): labels: expected 1, 0 or -1 (padding), got {wrong}")

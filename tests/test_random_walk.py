@@ -576,9 +576,9 @@ def test_clicks_bad_input():
         click_seeds(image, np.zeros((2, 3)), labels)
     with pytest.raises(ValueError, match=r"click_seeds\(\): box: expected shape \(2, 2\), got \(4,\)"):
         click_seeds(image, points // 2, labels, box=np.zeros(4))
-    with pytest.raises(ValueError, match=r"mask_prompt\(\): labels: expected shape \(2,\), .* got None"):
+    with pytest.raises(ValueError, match=r"mask_seeds\(\): labels: expected shape \(2,\), .* got None"):
         mask_prompt(image, image > 0, points=points // 2)
-    with pytest.raises(ValueError, match=r"mask_prompt\(\): labels: expected shape \('K',\), got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"mask_seeds\(\): labels: expected shape \('K',\), got \(2, 2\)"):
         mask_prompt(image, image > 0, points=np.zeros((2, 2, 2)), labels=np.ones((2, 2)))
 
 

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic", "write_json", "write_text"]
+__all__ = ["Table", "atomic", "read_table", "write_json", "write_text"]
 
 
 @contextmanager
@@ -67,3 +69,55 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     }
     """
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+class Table:
+    """A CSV file that grows by rows and is readable at any moment.
+
+    `columns` begin with `step`. An existing file (a resumed run) keeps the rows up to step `keep`; what a
+    killed process wrote after its last checkpoint, or wrote by half, goes away. With `write=False`
+    (ranks other than 0) nothing is touched. Raises ValueError for rows with other columns.
+
+    >>> import tempfile, pathlib
+    >>> from semisam.engine.files import Table
+    >>> place = pathlib.Path(tempfile.mkdtemp()) / "log.csv"
+    >>> Table(place, ("step", "loss")).add(step=1, loss=0.5)
+    >>> place.read_text().split()
+    ['step,loss', '1,0.5']
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], columns: Sequence[str], *, keep: int = 0, write: bool = True
+    ) -> None:
+        self.path = Path(path)
+        self.columns = tuple(columns)
+        self.write = write
+        if write:
+            rows = [row for row in read_table(self.path) if int(row["step"]) <= keep]
+            with atomic(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+
+    def add(self, **row: Any) -> None:
+        """Append one row, in one write."""
+        if set(row) - set(self.columns):
+            raise ValueError(f"Table.add(): expected the columns {self.columns}, got {sorted(row)}")
+        if self.write:
+            text = io.StringIO()
+            csv.DictWriter(text, self.columns, lineterminator="\n").writerow(row)
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                file.write(text.getvalue())
+
+
+def read_table(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """Return the whole rows of a CSV file as text by column; none if there is no file.
+
+    >>> from semisam.engine.files import read_table
+    >>> read_table("no-such-file.csv")
+    []
+    """
+    place = Path(path)
+    text = place.read_text(encoding="utf-8") if place.exists() else ""
+    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    return [row for row in rows if None not in row and None not in row.values()]

@@ -46,11 +46,17 @@ class Decoded(NamedTuple):
 
     logits: Any  # [B, F, *S] float32, the patch's grid; probability = sigmoid
     low_res: Any  # [B, F, *mask_size] float32: the mask prompt of the next round
+    info: Any = None  # numbers for the log, {name: number}; the term adds those of one call up
 
 
 @runtime_checkable
 class Generalist(Protocol):
-    """A promptable segmentation model."""
+    """A promptable segmentation model.
+
+    A model whose mask input does not lie in the patch's frame (padded, cropped or turned) has one method
+    more, `mask_prompt(prob)`: probabilities [B, F, *S] to logits [B, F, *mask_size] of that input. Without
+    it they are `semisam.prompts.mask_logits` of that size.
+    """
 
     spec: GeneralistSpec
 
@@ -65,6 +71,7 @@ class Generalist(Protocol):
         """Segment B samples x F classes, one-vs-rest, in one batch.
 
         `active` [B, F] (bool; default all) says which rows are asked for. A row without points
-        (labels all -1, or K = 0) is asked by its mask prompt alone.
+        (labels all -1, or K = 0) is asked by its mask prompt alone. NaN in a row's answer says that the
+        model has none: the term leaves that sample out.
         """
         ...

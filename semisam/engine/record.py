@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run was made of: versions, command, split, and digests of the files that it read."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import semisam
+
+__all__ = ["digests", "sha256", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of semisam, Python and the libraries that decide about numbers.
+
+    >>> from semisam.engine import record
+    >>> sorted(record.versions())
+    ['lightning-fabric', 'monai', 'numpy', 'platform', 'python', 'semisam', 'torch']
+    """
+    found = {"semisam": semisam.__version__, "python": sys.version.split()[0]}
+    for name in ("torch", "numpy", "monai", "lightning-fabric"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {**found, "platform": platform.platform()}
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    >>> import tempfile, pathlib
+    >>> from semisam.engine import record
+    >>> place = pathlib.Path(tempfile.mkdtemp()) / "empty"
+    >>> _ = place.write_bytes(b"")
+    >>> record.sha256(place)[:8]
+    'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digests(split: Any) -> dict[str, str]:
+    """Return SHA-256 by file of what training reads: images, and labels of labeled and validation cases.
+
+    Of an h5 file the arrays count by themselves (`file.h5:image`), so that the label that lies beside
+    an unlabeled image is not read here either.
+    """
+    found: dict[str, str] = {}
+    for role in ("labeled", "unlabeled", "validation", "test"):
+        for case in getattr(split, role):
+            used = case.label if role in ("labeled", "validation") else None
+            if case.kind == "h5":
+                keys = ("image",) if used is None else ("image", "label")
+                found.update({f"{case.images[0]}:{key}": _h5(case.images[0], key) for key in keys})
+            else:
+                found.update({str(path): sha256(path) for path in (*case.images, used) if path})
+    return found
+
+
+def _h5(path: Path, key: str) -> str:
+    import h5py  # noqa: PLC0415
+
+    with h5py.File(path, "r") as file:
+        return hashlib.sha256(file[key][()].tobytes()).hexdigest()
