@@ -9,6 +9,7 @@ Only the network is used here: no generalist and no prompt. The steps of a case 
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from semisam.engine.files import atomic
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress as reported
 from semisam.engine.progress import say
+from semisam.engine.scans import H5, NIFTI, PICTURES, stem_of, suffix_of
 
 __all__ = [
     "Outcome",
@@ -382,16 +384,7 @@ def _check_axes(case: Case, volume: Volume, dims: int) -> None:
 # ---- files --------------------------------------------------------------------------------------
 
 CHANNEL = re.compile(r"^(?P<id>.+)_(?P<channel>\d{4})$")
-KINDS = {
-    ".nii.gz": "nifti",
-    ".nii": "nifti",
-    ".h5": "h5",
-    ".hdf5": "h5",
-    ".png": "image",
-    ".jpg": "image",
-    ".jpeg": "image",
-    ".bmp": "image",
-}
+SUFFIXES = (*NIFTI, *H5, *PICTURES)
 ENDINGS = {"nifti": ".nii.gz", "h5": ".h5", "image": ".png"}
 
 
@@ -516,11 +509,14 @@ def _write(case: Case, prediction: Prediction, names: Mapping[str, Path]) -> Non
 def _write_h5(path: Path, values: Mapping[str, Any], like: Volume) -> None:
     import h5py  # noqa: PLC0415
 
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
+    buffer = io.BytesIO()  # HDF5 may notice a full disk only after it says that the file is closed
+    with h5py.File(buffer, "w") as file:
         for name, value in values.items():
             file.create_dataset(name, data=value, compression="gzip")
         if like.spacing:
             file.attrs["spacing"] = like.spacing
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def _write_probability(path: Path, prediction: Prediction) -> None:
@@ -556,8 +552,8 @@ def cases_of(
         path = Path(word)
         if path.is_dir():
             inside = _folder(path)
-            found += inside if isinstance(inside[0], Case) else []
-            files += [p for p in inside if isinstance(p, Path)]
+            found += [one for one in inside if isinstance(one, Case)]
+            files += [one for one in inside if isinstance(one, Path)]
         elif path.is_file():
             files.append(path)
         elif known is not None and str(word) in known:
@@ -646,32 +642,34 @@ def predict_split(
     return predict_cases(loaded, role_cases(loaded, role), place, settings, **options), place
 
 
-def _folder(path: Path) -> list[Any]:
+def _folder(path: Path) -> Sequence[Case | Path]:
     """Cases of a data set, or the files of scans."""
     try:
         return list(all_cases(find_cases(path)).values())
     except CaseError as error:
         if error.problems:
             raise
-    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and _ending(p))
+    shown = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+    files = [p for p in shown if p.is_file() and kind_of(p)]
+    files += [p / "mri_norm2.h5" for p in shown if (p / "mri_norm2.h5").is_file()]
     if not files:
-        raise CaseError(f"{path}: no scans here: expected a data set or files of {', '.join(KINDS)}")
-    return list(files)
+        raise CaseError(f"{path}: no scans here: expected a data set or files of {', '.join(SUFFIXES)}")
+    return files
 
 
-def _ending(path: Path) -> str:
-    return next((ending for ending in KINDS if path.name.lower().endswith(ending)), "")
+def kind_of(path: Path) -> str:
+    """Return "nifti", "h5" or "image" by a file's name, "" for others."""
+    kinds = {"nifti": NIFTI, "h5": H5, "image": PICTURES}
+    return next((kind for kind, known in kinds.items() if suffix_of(path, known)), "")
 
 
 def _group_files(files: Sequence[Path], channels: int) -> list[Case]:
     """One case for each file, or for the channel files of one name."""
     groups: dict[tuple[Path, str], dict[int, Path]] = {}
     for path in files:
-        ending = _ending(path)
-        if not ending:
-            raise CaseError(f"{path}: expected a scan of {', '.join(KINDS)}")
-        stem = path.name[: len(path.name) - len(ending)]
-        stem = path.parent.name if path.name == "mri_norm2.h5" else stem
+        if not kind_of(path):
+            raise CaseError(f"{path}: expected a scan of {', '.join(SUFFIXES)}")
+        stem = path.parent.name if path.name == "mri_norm2.h5" else stem_of(path, SUFFIXES)
         match = CHANNEL.match(stem)
         if match and int(match["channel"]) < channels:
             groups.setdefault((path.parent, match["id"]), {})[int(match["channel"])] = path
@@ -680,7 +678,7 @@ def _group_files(files: Sequence[Path], channels: int) -> list[Case]:
     cases = []
     for (_, name), parts in groups.items():
         images = tuple(parts[k] for k in sorted(parts))
-        cases.append(Case(name, images, None, KINDS[_ending(images[0])], "", channels))
+        cases.append(Case(name, images, None, kind_of(images[0]), "", channels))
     return cases
 
 
