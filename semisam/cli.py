@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import semisam
 
 COMMANDS: dict[str, str] = {
+    "check": "list every broken, missing or mismatched case of a folder",
+    "convert": "copy a folder into another layout: nnunet, h5 or images",
     "doctor": "show build, backends, threads and versions, and why something is missing",
     "predict": "segment scans with the network of a run",
     "evaluate": "measure predictions against the truth, per case and class",
