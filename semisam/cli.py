@@ -17,6 +17,7 @@ import semisam
 COMMANDS: dict[str, str] = {
     "check": "list every broken, missing or mismatched case of a folder",
     "convert": "copy a folder into another layout: nnunet, h5 or images",
+    "train": "train a specialist on labeled and unlabeled scans",
     "doctor": "show build, backends, threads and versions, and why something is missing",
     "predict": "segment scans with the network of a run",
     "evaluate": "measure predictions against the truth, per case and class",
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if not word.startswith("-")), "")
-    options = parser(chosen).parse_args(words)
+    options = parser(chosen).parse_args(words, argparse.Namespace(words=words))
     try:
         code: int = options.run(options)
     except CommandError as error:

@@ -10,9 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import semisam
+import numpy as np
 
-__all__ = ["digests", "sha256", "versions"]
+import semisam
+from semisam.engine.files import atomic
+
+__all__ = ["digests", "sha256", "versions", "write_sample"]
 
 
 def versions() -> dict[str, str]:
@@ -71,3 +74,24 @@ def _h5(path: Path, key: str) -> str:
 
     with h5py.File(path, "r") as file:
         return hashlib.sha256(file[key][()].tobytes()).hexdigest()
+
+
+def write_sample(path: Path, last: Any, images: Any, logits: Any) -> None:
+    """Write what the term made of the middle sample of a batch, for pictures, as compressed NumPy arrays.
+
+    `last` is `SemiSAMTerm.last`, `images` [B, channels, *S] and `logits` [B, C, *S] of the student. The file
+    has image [channels, *S], target ([C, *S] or labels [*S]), weight, uncertainty and prediction [*S], and
+    clicks [n, axes + 1]: array indices and 1 (positive) or 0.
+    """
+    n = len(images) // 2
+    clicks = []
+    for prompts in last.clicks.values():
+        points, labels = prompts.points[n].cpu().numpy(), prompts.labels[n].cpu().numpy()
+        table = np.concatenate([points, labels[..., None]], -1).reshape(-1, points.shape[-1] + 1)
+        clicks.append(table[table[:, -1] >= 0])
+    arrays = {name: getattr(last, name)[n].cpu().numpy() for name in ("target", "weight", "uncertainty")}
+    arrays["image"] = images[n].cpu().numpy()
+    arrays["prediction"] = logits[n].argmax(0).to("cpu").numpy().astype(np.uint8)
+    arrays["clicks"] = np.concatenate(clicks) if clicks else np.zeros((0, images.ndim - 1), np.int64)
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)

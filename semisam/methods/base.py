@@ -80,6 +80,7 @@ class Method:
     uses_unlabeled = False
     terms: tuple[str, ...] = ("ce", "dice")
     teacher: nn.Module | None = None
+    unlabeled: tuple[Tensor, Tensor]  # images and student's logits that the term saw last
 
     def __init__(
         self,
@@ -198,14 +199,16 @@ class TeacherMethod(Method):
         losses = self._sweep(logits, batch, {"consistency": consistency})
         if self.term is not None:
             probs = source if source is not None else self.teacher_probabilities(images)
-            losses["semisam"] = self.term(
-                on_core(images),
-                logits[first:],
-                on_core(probs),
-                step=step,
-                sample_ids=list(ids),
-                spacing=batch.spacing,
+            images = on_core(images)
+            value = self.term(
+                images, logits[first:], on_core(probs), step=step, sample_ids=list(ids), spacing=batch.spacing
             )
+            if ranks() > 1:  # it is a mean over the samples that have something to teach
+                found = self.term.diagnostics
+                kept = torch.tensor(float(len(found["weight_share"]) - found["skipped"]))
+                value = value * share_of(kept.to(batch.image.device))
+            losses["semisam"] = value
+            self.unlabeled = images, logits[first:].detach()
         return losses
 
     def _consistency(

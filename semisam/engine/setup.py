@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked and built before the first step: run folder, patch, term."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from semisam import specialists
+from semisam.engine.config import Config, ConfigError, differences
+from semisam.engine.config import load as load_config
+
+__all__ = ["TrainingError", "build_term", "check_folder", "check_patch"]
+
+MAY_CHANGE = {
+    *("data.root", "data.workers", "data.cache", "train.device"),
+    *("train.log_every", "train.checkpoint_every", "train.tensorboard"),
+}
+"""Settings that a resumed run may change: they do not decide about the weights."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on; the text says what to do."""
+
+
+def build_term(config: Config) -> Any:
+    """Return the generalists' term of a configuration; ConfigError names the setting that does not fit."""
+    from semisam import generalists  # noqa: PLC0415
+    from semisam.term import SemiSAMTerm  # noqa: PLC0415
+
+    term = config.term
+    unknown = set(term.generalist_options) - set(term.generalists)
+    if unknown:
+        raise ConfigError(
+            f"term.generalist_options: expected names of term.generalists ({', '.join(term.generalists)}), "
+            f"got {', '.join(sorted(unknown))}"
+        )
+    try:
+        made = [generalists.build(n, **term.generalist_options.get(n, {})) for n in term.generalists]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"term.generalists: {error}") from error
+    try:
+        return SemiSAMTerm(
+            made,
+            preset=term.preset,
+            total_steps=config.train.steps,
+            seed=config.train.seed,
+            **term.options,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"term.options: {error}") from error
+
+
+def check_folder(out: Path, config: Config, resume: bool) -> None:
+    """Refuse to write over a run, and to continue one with other settings."""
+    saved = out / "config.yaml"
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise TrainingError(
+                f"{out}: exists and is not empty: continue it with --resume, or give another folder"
+            )
+    elif saved.exists():
+        found = differences(load_config(saved), config)
+        changed = {key: pair for key, pair in found.items() if key not in MAY_CHANGE}
+        if changed:
+            lines = "".join(f"\n  {key}: {old!r}, now {new!r}" for key, (old, new) in changed.items())
+            raise TrainingError(
+                f"{out}: a run continues with the settings it began with; these differ:{lines}"
+            )
+    elif out.exists() and (out / "last.ckpt").exists():
+        raise TrainingError(f"{out}: there is a checkpoint, but no config.yaml to compare the settings with")
+
+
+def check_patch(config: Config, network: Any, spatial_dims: int) -> None:
+    """Raise ConfigError for a patch that the network cannot take, with the sizes that it can."""
+    patch = config.train.patch_size
+    if len(patch) != spatial_dims:
+        raise ConfigError(
+            f"train.patch_size: expected {spatial_dims} sides, as the images have axes, got {patch}"
+        )
+    divisor = specialists.divisor(network)
+    if any(side % divisor for side in patch):
+        below = [max(side // divisor, 1) * divisor for side in patch]
+        above = [-(-side // divisor) * divisor for side in patch]
+        raise ConfigError(
+            f"train.patch_size: {config.specialist.name} halves the patch, so that its sides must be "
+            f"multiples of {divisor}; got {patch}, these fit: {below} or {above}"
+        )
