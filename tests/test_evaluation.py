@@ -233,7 +233,7 @@ def test_all_problems_are_listed_at_once(folders):
         "shape: the prediction's shape (12, 14, 11) is not the truth's (12, 14, 10)",
         "affine: the prediction's affine is not the truth's (by 2 mm)",
         "label: the prediction has the unexpected labels 5; expected 1",
-        "got fractions",
+        "not whole numbers",
         "cut: ",
     ):
         assert part in text, text
@@ -352,14 +352,14 @@ def test_masks_of_pictures(tmp_path):
     assert read_label_file(tmp_path / "binary.png").labels.tolist() == [[0, 1], [1, 0]]
     assert read_label_file(tmp_path / "labels.png").labels.tolist() == [[0, 1], [2, 0]]
     assert read_label_file(tmp_path / "grey.png").labels.tolist() == [[0, 1]]
-    with pytest.raises(ValueError, match="got colours"):
+    with pytest.raises(ValueError, match="colour-coded"):
         read_label_file(tmp_path / "colour.png")
     native = sorted((data_dir("polyp") / "kvasir_native").rglob("masks/*.jpg"))[0]
     assert np.unique(read_label_file(native).labels).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
-    ("value", "word"), [(np.nan, "NaN"), (0.5, "fractions"), (-1, "0 to 255, got -1"), (300, "300")]
+    ("value", "word"), [(np.nan, "NaN"), (0.5, "not whole"), (-1, "values -1"), (300, "300")]
 )
 def test_what_is_no_label_is_refused(tmp_path, value, word):
     array = blob().astype(np.float32)

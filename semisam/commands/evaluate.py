@@ -17,9 +17,10 @@ examples:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import Any
 
 from semisam.cli import CommandError
+from semisam.commands.predict import add_network, guarded, settings_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("truth", nargs="?", metavar="TRUTH", help="folder (or file) of true labels")
     add("--run", dest="run_dir", metavar="RUN", help="a run's folder: predict and measure its split")
     add("--role", default="test", choices=("test", "validation"), help="which cases of the run (test)")
-    add("--checkpoint", default="best", choices=("best", "last"), help="of the run (best)")
-    add("--network", default="student", choices=("student", "teacher"), help="of the run (student)")
-    add("--stride", type=int, nargs="+", help="of the run's windows (half the patch)")
-    add("--device", default="auto", help="of the run: auto, cpu, cuda, cuda:1 (auto)")
+    add_network(parser.add_argument_group("with --run"))
     add("--overwrite", action="store_true", help="predict cases of the run again")
     add("--out", metavar="DIR", help="write metrics.csv and summary.json here (with --run: into the run)")
     add("--classes", nargs="+", metavar="NAME", help="names of the labels 1, 2, ... (dataset.json)")
@@ -104,4 +102,24 @@ def _label_map(options: argparse.Namespace) -> dict[int, int] | None:
 
 
 def _of_a_run(options: argparse.Namespace) -> int:
-    raise NotImplementedError(Path(options.run_dir))
+    for name in ("out", "classes", "label_map", "largest_component", "only_predicted"):
+        if getattr(options, name):
+            options.refuse(f"--{name.replace('_', '-')}: not with --run, which knows it from the run")
+    settings = settings_of(options)
+    return int(guarded(lambda: _predict_and_measure(options, settings)))
+
+
+def _predict_and_measure(options: argparse.Namespace, settings: Any) -> int:
+    from semisam.engine import evaluation, inference  # noqa: PLC0415
+
+    loaded = inference.load_run(options.run_dir, options.checkpoint, options.network, options.device)
+    outcome, _ = inference.predict_split(
+        loaded, options.role, options.network, settings, overwrite=options.overwrite
+    )
+    print(outcome.report())
+    if outcome.failed:
+        return 1
+    folders = evaluation.evaluate_run(loaded, options.role, options.network, **_options(options))
+    for folder, found in folders.items():
+        print(f"\n{folder}\n{found.table()}")
+    return 0

@@ -22,8 +22,10 @@ import numpy as np
 
 from semisam import metrics
 from semisam.engine import inference
+from semisam.engine.cases import Case, read_header, read_label
 from semisam.engine.files import write_json, write_text
 from semisam.engine.progress import progress
+from semisam.engine.scans import IGNORE, stem_of
 
 __all__ = [
     "DISTANCES",
@@ -35,13 +37,14 @@ __all__ = [
     "case_rows",
     "evaluate_folders",
     "evaluate_pairs",
+    "evaluate_run",
     "match_folders",
     "read_label_file",
 ]
 
 METRICS = ("dice", "jaccard", "hd95", "asd", "assd", "nsd")
 DISTANCES = ("hd95", "asd", "assd")
-IGNORE = 255
+LARGEST = "-largest-component"  # ending of the folder with largest components
 COLUMNS = (
     *("case", "group", "label", "class"),
     *METRICS,
@@ -343,8 +346,6 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 # ---- files --------------------------------------------------------------------------------------
 
-SUFFIXES = (".nii.gz", ".nii", ".h5", ".hdf5", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
-
 
 class LabelFile(NamedTuple):
     """A label file as it is: whole numbers [*S], mm per axis and affine (None where the file has none)."""
@@ -363,12 +364,11 @@ class Pair(NamedTuple):
     group: str = ""
 
 
-def read_label_file(path: str | os.PathLike[str]) -> LabelFile:
+def read_label_file(path: str | os.PathLike[str], label_map: Mapping[int, int] | None = None) -> LabelFile:
     """Return the labels of a NIfTI, HDF5 (key `label`) or picture file with its spacing and affine.
 
-    Floating files must hold whole numbers. Pictures with no other values than 0 and 255, and all JPEG
-    pictures (at half of the range), are masks of one class. Raises ValueError with the reason for what
-    cannot be read as labels.
+    Values and `label_map` are taken as `semisam.engine.cases.read_label` does. Raises ValueError with the
+    reason for what cannot be read as labels.
 
     >>> import pathlib, tempfile
     >>> import nibabel, numpy as np
@@ -379,64 +379,23 @@ def read_label_file(path: str | os.PathLike[str]) -> LabelFile:
     ((1, 3, 3), (1.0, 2.0, 3.0))
     """
     place = Path(path)
-    name = place.name.lower()
-    try:
-        if name.endswith((".nii", ".nii.gz")):
-            array, spacing, affine = _read_nifti(place)
-        elif name.endswith((".h5", ".hdf5")):
-            array, spacing, affine = _read_h5(place), None, None
-        elif name.endswith(SUFFIXES):
-            array, spacing, affine = _read_picture(place), None, None
-        else:
-            raise ValueError(f"expected a file of {', '.join(SUFFIXES)}")
-    except Exception as error:  # every library has its own ways to fail on a broken file
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{place}: cannot be read: {reason.splitlines()[0]}") from error
-    with np.errstate(invalid="ignore"):
-        whole = array.astype(np.int64)
-    if not (whole == array).all():
-        raise ValueError(f"{place}: expected labels (whole numbers), got fractions or NaN")
-    if whole.size and not 0 <= whole.min() <= whole.max() <= IGNORE:
-        raise ValueError(f"{place}: expected labels from 0 to 255, got {whole.min()} to {whole.max()}")
-    return LabelFile(whole.astype(np.uint8), spacing, affine)
+    kind = inference.kind_of(place)
+    if not kind:
+        raise ValueError(f"{place}: expected a label file of {', '.join(inference.SUFFIXES)}")
+    case = Case(case_name(place), (place,), place, kind)
+    labels = read_label(case, label_map)
+    if kind == "h5":
+        return LabelFile(labels, _h5_spacing(place, labels.ndim), None)
+    header = read_header(case)
+    return LabelFile(labels, header.spacing, header.affine)
 
 
-def _read_nifti(path: Path) -> tuple[Any, tuple[float, ...], Any]:
-    import nibabel  # noqa: PLC0415
-
-    image: Any = nibabel.load(path)
-    array = np.asanyarray(image.dataobj)
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3):
-        raise ValueError(f"expected a label map of 2 or 3 axes, got {array.shape}")
-    return array, tuple(float(z) for z in image.header.get_zooms()[: array.ndim]), image.affine
-
-
-def _read_h5(path: Path) -> Any:
+def _h5_spacing(path: Path, dims: int) -> tuple[float, ...] | None:
     import h5py  # noqa: PLC0415
 
-    with h5py.File(path) as f:
-        if "label" not in f:
-            raise ValueError(f"expected the key label, got {', '.join(f) or 'none'}")
-        return f["label"][()]
-
-
-def _read_picture(path: Path) -> Any:
-    from PIL import Image  # noqa: PLC0415
-
-    with Image.open(path) as picture:
-        array = np.asarray(picture)
-    if array.ndim == 3:
-        if path.suffix.lower() in (".jpg", ".jpeg"):
-            array = array.mean(-1)
-        elif (array[..., :3] == array[..., :1]).all():
-            array = array[..., 0]
-        else:
-            raise ValueError("expected one channel of labels, got colours")
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        return array >= 127.5
-    return array == IGNORE if set(np.unique(array)) <= {0, IGNORE} else array
+    with h5py.File(path, "r") as file:
+        spacing = np.ravel(file.attrs.get("spacing", ()))
+    return tuple(map(float, spacing)) if len(spacing) == dims else None
 
 
 def match_folders(
@@ -477,7 +436,7 @@ def _label_files(place: Path) -> dict[str, Path]:
     if not place.is_dir():
         raise EvaluationError([f"{place}: no such file or folder"])
     shown = sorted(p for p in place.iterdir() if not p.name.startswith("."))
-    files = [p for p in shown if p.is_file() and p.name.lower().endswith(SUFFIXES)]
+    files = [p for p in shown if p.is_file() and inference.kind_of(p)]
     if files:
         return {case_name(p): p for p in files}
     nested = [p / "mri_norm2.h5" for p in shown if p.is_dir()]
@@ -486,8 +445,7 @@ def _label_files(place: Path) -> dict[str, Path]:
 
 def case_name(path: Path) -> str:
     """Return a file's name without the suffix of its format."""
-    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), path.suffix)
-    return path.name[: len(path.name) - len(suffix)]
+    return stem_of(path, inference.SUFFIXES)
 
 
 def _listed(words: Sequence[Any], most: int = 8) -> str:
@@ -601,24 +559,14 @@ class _Reader:
         self.spacing = spacing
 
     def __call__(self, path: Path, truth: bool = False) -> LabelFile:
-        file = read_label_file(path)
         if not truth:
+            return read_label_file(path)
+        file = read_label_file(path, self.label_map)
+        if file.spacing is not None or self.spacing is None:
             return file
-        labels = file.labels
-        if self.label_map is not None:
-            unknown = sorted(set(np.unique(labels).tolist()) - set(self.label_map) - {0, IGNORE})
-            if unknown:
-                raise ValueError(f"{path}: label_map says nothing of the labels {_listed(unknown)}")
-            table = np.arange(256, dtype=np.uint8)
-            for value, label in self.label_map.items():
-                table[value] = label
-            labels = table[labels]
-        spacing = file.spacing
-        if spacing is None and self.spacing is not None:
-            if len(self.spacing) != labels.ndim:
-                raise ValueError(f"{path}: expected a spacing of {labels.ndim} numbers, got {self.spacing}")
-            spacing = tuple(float(s) for s in self.spacing)
-        return LabelFile(labels, spacing, file.affine)
+        if len(self.spacing) != file.labels.ndim:
+            raise ValueError(f"expected a spacing of {file.labels.ndim} numbers, got {list(self.spacing)}")
+        return file._replace(spacing=tuple(float(s) for s in self.spacing))
 
 
 def _check(
@@ -637,7 +585,7 @@ def _check(
         try:
             prediction, truth = read(pair.prediction), read(pair.truth, truth=True)
         except ValueError as error:
-            problems.append(f"{pair.case}: {error}")
+            problems.append(inference.reason_of(pair.case, str(error)))
             continue
         if prediction.labels.shape != truth.labels.shape:
             problems.append(
@@ -676,3 +624,38 @@ def _check(
     if problems:
         raise EvaluationError(problems)
     return known, spacings
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def evaluate_run(
+    loaded: Any, role: str = "test", network: str = "student", **options: Any
+) -> dict[Path, Evaluation]:
+    """Measure the predictions of a run's role twice; returns both evaluations by the folder they are in.
+
+    RUN/role/checkpoint-network has metrics.csv and summary.json of the predictions in its folder
+    `predictions`, as they are; a folder of that name with "-largest-component" has those of each class's
+    largest component alone. `options` are those of `evaluate_pairs`. Classes and label map are the run's.
+
+    Raises EvaluationError as `evaluate_pairs` does, and CaseError as `semisam.engine.inference.role_cases`.
+    """
+    place = inference.split_folder(loaded, role, network)
+    problems: list[str] = []
+    pairs = []
+    for case in inference.role_cases(loaded, role):
+        path = place / "predictions" / f"{case.id}{inference.ENDINGS[case.kind]}"
+        if case.label is None:
+            problems.append(f"{case.id}: has no label")
+        elif not path.is_file():
+            problems.append(f"{case.id}: no prediction {path}")
+        else:
+            pairs.append(Pair(case.id, path, case.label, case.group))
+    names = {i: str(name) for i, name in enumerate(loaded.meta["class_names"]) if i}
+    options = {"classes": names, "label_map": loaded.config.data.label_map, "problems": problems} | options
+    folders = {}
+    for largest in (False, True):
+        found = evaluate_pairs(pairs, largest_component=largest, **options)
+        folder = place.with_name(place.name + LARGEST) if largest else place
+        folders[found.write(folder)] = found
+    return folders
