@@ -164,28 +164,28 @@ def _read_case(run: RunRecord, case: str) -> tuple[Any, Any, Any]:
     raise ValueError(f"no such case in {root}")
 
 
-def _read_map(folder: Path | None, case: str, shape: tuple[int, ...]) -> Any:
+def _read_map(folder: Path | None, case: str, shape: tuple[int, ...], key: str = "label") -> Any:
     """A label or probability map of one case as an array of that shape."""
     if folder is None:
         raise ValueError("no folder of predictions")
     for suffix in (".nii.gz", ".nii", ".png", ".h5"):
         path = folder / f"{case}{suffix}"
         if path.is_file():
-            array = _read_array(path)
+            array = _read_array(path, key)
             if array.shape != shape:
                 raise ValueError(f"{path.name}: expected shape {shape}, got {array.shape}")
             return array
     raise ValueError(f"no map of it in {folder}")
 
 
-def _read_array(path: Path) -> Any:
+def _read_array(path: Path, key: str) -> Any:
     """A map of any kind; whatever a damaged file makes a library raise becomes a ValueError."""
     try:
         if path.suffix == ".h5":
             import h5py  # noqa: PLC0415
 
             with h5py.File(path) as file:
-                return file["label" if "label" in file else next(iter(file))][()]
+                return file[key][()]
         if path.suffix == ".png":
             from PIL import Image  # noqa: PLC0415
 
@@ -200,11 +200,15 @@ def _read_array(path: Path) -> Any:
 
 
 def _uncertainty(run: RunRecord, case: str, shape: tuple[int, ...]) -> Any:
+    """The uncertainty map beside a predicted label map (in its h5 file), 0..1, or None."""
     if run.predictions is None:
         return None
+    beside = (
+        run.predictions if (run.predictions / f"{case}.h5").is_file() else run.predictions / "uncertainty"
+    )
     try:
-        found = _read_map(run.predictions.parent / "uncertainty", case, shape)
-    except (OSError, ValueError):
+        found = _read_map(beside, case, shape, "uncertainty")
+    except ValueError:
         return None
     return found.astype(np.float32) / 255 if found.dtype == np.uint8 else found
 
@@ -240,7 +244,8 @@ def _sample_row(path: Path) -> dict[str, Any]:
     target, prediction = (_labels(sample[name], space) for name in ("target", "prediction"))
     axis = pictures.slice_axis(space) if len(space) == 3 else None
     clicks, signs = _clicks(sample, len(space))
-    index = _fullest(target > 0, axis) if (target > 0).any() else _fullest(prediction > 0, axis)
+    inside = np.isin(target, (0, 255), invert=True)
+    index = _fullest(inside if inside.any() else prediction > 0, axis)
 
     def at(array: Any) -> Any:
         return pictures.take_slice(array, axis, index)
@@ -280,7 +285,7 @@ def _sample_row(path: Path) -> dict[str, Any]:
 
 
 def _labels(probability: Any, space: tuple[int, ...]) -> Any:
-    """Labels [*S] of class probabilities [C, *S], or labels as they are."""
+    """Labels [*S] of class probabilities [C, *S]; labels stay as they are."""
     array = np.asarray(probability)
     return array.argmax(0) if array.ndim == len(space) + 1 else array
 

@@ -9,6 +9,7 @@ All judgement is in `verdict`: it is computed from the paired differences alone 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,6 +38,13 @@ from semisam.engine.results import (
 
 __all__ = ["render", "report", "verdict"]
 
+LOSSES = {
+    "loss": "loss, all terms",
+    "ce": "cross-entropy, labeled",
+    "dice": "Dice loss, labeled",
+    "consistency": "consistency with the teacher",
+    "semisam": "generalist's term",
+}
 TERM_COLUMNS = {
     "term_weight": "weight of the generalist's term",
     "term_mean_u": "mean uncertainty of the pseudo-label",
@@ -280,8 +288,7 @@ def _facts(found: Comparison, focus: RunRecord) -> list[tuple[str, str]]:
     facts = [(str(len(split[role])), f"{role} scans") for role in split if split[role] or role == "unlabeled"]
     facts.append((str(draws), "draw of the labeled set" if draws == 1 else "draws of the labeled set"))
     if focus.last_step:
-        steps = focus.setting("train.steps") if focus.finished else focus.last_step
-        facts.append((f"{steps:,}".replace(",", " "), "steps"))
+        facts.append((f"{focus.last_step:,}".replace(",", " "), "steps"))
     seconds = [number(str(run.meta.get("seconds"))) for m in found.methods for run in m.runs]
     total = float(np.nansum(seconds)) if seconds else 0.0
     if total > 0:
@@ -440,17 +447,12 @@ def _curves(found: Comparison, colours: dict[str, str]) -> list[str]:
     losses = [c for c in columns if c not in NOT_LOSSES]
     charts = []
     for column in losses:
-        charts.append(_log_chart(logs, column, _loss_title(column), colours, zero=True))
+        charts.append(_log_chart(logs, column, LOSSES.get(column, f"loss: {column}"), colours, zero=True))
     charts.insert(min(1, len(charts)), _validation_chart(found, colours))
     for column, title in TERM_COLUMNS.items():
         charts.append(_log_chart(logs, column, title, colours, zero=True))
     charts.append(_log_chart(logs, "lr", "learning rate", colours, zero=True))
     return [chart for chart in charts if chart]
-
-
-def _loss_title(column: str) -> str:
-    name = column.removeprefix("loss_").replace("_", " ")
-    return "loss, all terms" if column == "loss" else f"loss: {name}"
 
 
 def _log_chart(
@@ -527,11 +529,6 @@ def _validation_line(run: RunRecord) -> tuple[Any, Any] | None:
 
 # ---- the gate ---------------------------------------------------------------------------------------
 
-CANDIDATES = {
-    "mask": "the specialist's own mask",
-    "largest_component": "the largest component of the specialist's mask",
-}
-
 
 def _gate(found: Comparison) -> dict[str, Any] | None:
     """What the gate measured and chose, run by run, or None if no run has one."""
@@ -571,27 +568,32 @@ def _gate(found: Comparison) -> dict[str, Any] | None:
 
 
 def _gate_sentence(run: RunRecord, steps: Sequence[str]) -> str:
-    def chosen(step: str) -> list[str]:
-        rows = (r for r in run.gate if r.get("step") == step and r.get("chosen") == "1")
-        return list(dict.fromkeys(r.get("candidate", "") for r in rows))
+    """Who taught, and whether that changed."""
 
-    first, last = chosen(steps[0]), chosen(steps[-1])
-    changes = sum(a != b for a, b in zip(map(chosen, steps), map(chosen, steps[1:]), strict=False))
-    if not last:
-        return "No candidate was chosen at the end: the generalist's term was off."
-    names = [CANDIDATES.get(c, f"the generalist {c.replace('_', ' ')}") for c in last]
-    text = f"At the end {_listed(names)} taught the specialist"
-    if all(c in CANDIDATES for c in last):
-        text += ", because the generalist did no better on the labeled scans"
-    if changes == 0:
-        return text + ("." if len(steps) == 1 else f"; that was so at all {len(steps)} measurements.")
-    start = (
-        _listed([CANDIDATES.get(c, f"the generalist {c.replace('_', ' ')}") for c in first])
-        if first
-        else "nothing"
-    )
-    times = "once" if changes == 1 else f"{changes} times"
-    return f"{text}; the choice changed {times} in {len(steps)} measurements and began with {start}."
+    def chosen(step: str) -> tuple[str, ...]:
+        rows = (r for r in run.gate if r.get("step") == step and r.get("chosen") == "1")
+        return tuple(dict.fromkeys(r.get("candidate", "") for r in rows))
+
+    choices = [chosen(step) for step in steps]
+    text = _who_taught(choices[-1])
+    changes = sum(a != b for a, b in itertools.pairwise(choices))
+    if changes:
+        times = "once" if changes == 1 else f"{changes} times"
+        text += f" That changed {times} during the training; at first: {', '.join(choices[0]) or 'nobody'}."
+    return text
+
+
+def _who_taught(chosen: Sequence[str]) -> str:
+    teachers = [name for name in chosen if name != "mask"]
+    if not teachers:
+        return (
+            "Nobody taught: no generalist was better than the specialist's own mask, "
+            "and the generalist's term was off."
+        )
+    if teachers == ["largest_component"]:
+        return "The largest component of the specialist's mask taught: no generalist was better than it."
+    names = ["the largest component" if name == "largest_component" else name for name in teachers]
+    return f"{_listed(names)} taught.".capitalize() if len(names) > 1 else f"The {names[0]} taught."
 
 
 # ---- data, settings, what is missing ---------------------------------------------------------------

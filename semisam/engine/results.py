@@ -155,8 +155,8 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        """The method's name in the configuration."""
-        return str(self.setting("method.name", "unknown"))
+        """The method's full name, that of run.json before that of the configuration."""
+        return str(self.meta.get("method") or self.setting("method.name", "unknown"))
 
     @property
     def draw(self) -> tuple[int, int]:
@@ -171,16 +171,14 @@ class RunRecord:
 
     @property
     def last_step(self) -> int:
-        """The last step in the log."""
+        """How many steps are in the log."""
         steps = self.log.get("step")
         return int(steps[-1]) if steps is not None and len(steps) else 0
 
     @property
     def finished(self) -> bool:
-        """Whether the log reaches the end (the last lines may fall between two logged steps)."""
-        steps = self.setting("train.steps")
-        every = self.setting("train.log_every", 1)
-        return not isinstance(steps, int) or self.last_step + max(every, 0.05 * steps) >= steps
+        """Whether run.json says that the training came to its end; a run without run.json has not."""
+        return bool(self.meta.get("finished", False))
 
 
 # ---- reading ----------------------------------------------------------------------------------------
