@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from semisam import specialists
 from semisam.engine.config import Config, ConfigError, differences
 from semisam.engine.config import load as load_config
 
-__all__ = ["TrainingError", "build_term", "check_folder", "check_patch"]
+__all__ = ["TrainingError", "build_term", "check_data", "check_folder", "check_patch"]
 
 MAY_CHANGE = {
     *("data.root", "data.workers", "data.cache", "train.device"),
@@ -69,6 +70,15 @@ def check_folder(out: Path, config: Config, resume: bool) -> None:
             )
     elif out.exists() and (out / "last.ckpt").exists():
         raise TrainingError(f"{out}: there is a checkpoint, but no config.yaml to compare the settings with")
+
+
+def check_data(out: Path, digests: dict[str, str]) -> None:
+    """Refuse to continue a run on other data than it began with; files may have moved, not changed."""
+    began = json.loads((out / "run.json").read_text(encoding="utf-8"))["sha256"]
+    changed = [path for path, digest in digests.items() if digest not in began.values()]
+    if changed or len(digests) != len(began):
+        which = ", ".join(changed[:3]) or "there are fewer files"
+        raise TrainingError(f"{out}: a run continues on the data it began with; these changed: {which}")
 
 
 def check_patch(config: Config, network: Any, spatial_dims: int) -> None:

@@ -31,7 +31,7 @@ from semisam.engine.files import Table, write_json, write_text
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress, say
 from semisam.engine.sampling import PatchSource
-from semisam.engine.setup import TrainingError, build_term, check_folder, check_patch
+from semisam.engine.setup import TrainingError, build_term, check_data, check_folder, check_patch
 from semisam.engine.stepper import NotFinite, Stepper, fabric_for
 
 __all__ = ["CheckpointError", "Interrupted", "Loaded", "Run", "TrainingError", "load", "train"]
@@ -233,6 +233,8 @@ class _Training:
     def _open_folder(self, command: Sequence[str] | None) -> None:
         self.tables: dict[str, Table] = {}
         self.digests = record.digests(self.split) if self.first else {}
+        if self.first and (self.out / "run.json").exists():
+            check_data(self.out, self.digests)
         self.command = list(command or [])
         self.board: Any = None
         if self.first:
@@ -243,7 +245,8 @@ class _Training:
                 from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
                 self.board = SummaryWriter(str(self.out / "tensorboard"))
-            self._record(finished=False)
+            if not (self.out / "run.json").exists():
+                self._record(finished=False)
 
     def _record(self, *, finished: bool) -> None:
         weights = self.config.specialist.weights
@@ -288,6 +291,7 @@ class _Training:
         self.done, self.meta = state["step"], state["meta"]
         if self.first:
             say(f"{self.out}: continues after step {self.done} of {self.config.train.steps}")
+            self._record(finished=False)
 
     def _open_tables(self) -> None:
         classes = ("step", "candidate", "class", "dice", "chosen")
@@ -363,7 +367,7 @@ class _Training:
             for i, case in enumerate(cases):
                 for c, value in enumerate(dice[k, i].tolist(), 1):
                     row = {"network": name, "case": case.id, "class": self.meta["class_names"][c]}
-                    self.tables["validation"].add(step=self.done, **row, dice=round(value, 6))
+                    self.tables["validation"].add(step=self.done, **row, dice=value)
         means = dict(zip(networks, dice.mean((1, 2)).tolist(), strict=True))
         chosen = next(n for n, network in networks.items() if network is self.method.evaluation_network())
         if self.first:
@@ -415,7 +419,7 @@ class _Training:
         for candidate, values in found["per_class"].items():
             chosen = int(candidate in found["choice"].values())
             for name, value in zip(names, values, strict=True):
-                row = {"candidate": candidate, "class": name, "dice": round(value, 6), "chosen": chosen}
+                row = {"candidate": candidate, "class": name, "dice": value, "chosen": chosen}
                 self.tables["gate"].add(step=self.done, **row)
 
     def _share_term(self) -> None:
