@@ -14,7 +14,18 @@ from semisam.ops import get_num_threads, set_num_threads
 
 __version__ = info.version
 __all__ = ["get_num_threads", "info", "set_num_threads"]
-_MODULES = ("fusion", "losses", "masks", "metrics", "ops", "prompts", "random_walk", "reference", "schedules")
+_MODULES = (
+    "fusion",
+    "losses",
+    "masks",
+    "metrics",
+    "ops",
+    "prompts",
+    "random_walk",
+    "reference",
+    "schedules",
+    "specialists",
+)
 
 
 def __getattr__(name: str) -> Any:

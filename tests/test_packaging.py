@@ -99,7 +99,9 @@ def test_sdist_has_what_a_build_needs(sdist):
         for p in (ROOT / "csrc").rglob("*")
         if p.suffix in (".c", ".h", ".def", ".mk")
     }
-    wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "semisam").glob("*.py*") if p.is_file()}
+    wanted |= {
+        str(p.relative_to(ROOT)) for p in (ROOT / "semisam").rglob("*.py*") if p.suffix in (".py", ".pyi")
+    }
     wanted |= {"setup.py", "pyproject.toml", "LICENSE", "semisam/VERSION", "semisam/py.typed"}
     assert wanted <= names, wanted - names
     refused = [
