@@ -16,6 +16,8 @@ import semisam
 
 COMMANDS: dict[str, str] = {
     "train": "train a specialist on labeled and unlabeled scans",
+    "check": "list every broken, missing or mismatched case of a folder",
+    "convert": "copy a folder into another layout: nnunet, h5 or images",
     "doctor": "show build, backends, threads and versions, and why something is missing",
 }
 

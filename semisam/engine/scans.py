@@ -23,6 +23,7 @@ __all__ = [
     "read_header",
     "read_image",
     "read_label",
+    "read_label_header",
     "write_label",
     "write_map",
 ]
@@ -66,6 +67,25 @@ class CaseError(ValueError):
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems)
+
+
+class WrongData(ValueError):
+    """What is wrong with a file, and its kind; callers put the case's name in front."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def broken(case: str, kind: str, message: str) -> CaseError:
+    """The exception for one fault of one case."""
+    return CaseError(f"{case}: {message}", [Problem(case, kind, "error", message)])
+
+
+def cannot_read(case: str, path: Path, error: BaseException) -> CaseError:
+    """The exception for a file that another exception kept from being read."""
+    kind = getattr(error, "kind", "missing-file" if isinstance(error, FileNotFoundError) else "unreadable")
+    return broken(case, kind, f"cannot read {path}: {reason(error)}")
 
 
 @dataclass(frozen=True)
@@ -152,11 +172,12 @@ def _split_channels(shape: tuple[int, ...], channels: int) -> tuple[tuple[int, .
     if len(shape) == 4 and shape[3] == channels:
         return shape[:3], shape[3]
     if len(shape) == 4:
-        raise ValueError(
+        raise WrongData(
+            "dimensions",
             f"4-D image {times(shape)}: expected 3 axes, or {channels} channel(s) on the last one, which "
-            f"dataset.json names; split a time series into one file per case"
+            f"dataset.json names; split a time series into one file per case",
         )
-    raise ValueError(f"{len(shape)}-D image {times(shape)}: expected 2 or 3 axes")
+    raise WrongData("dimensions", f"{len(shape)}-D image {times(shape)}: expected 2 or 3 axes")
 
 
 def read_header(case: Case) -> Header:
@@ -175,7 +196,26 @@ def read_header(case: Case) -> Header:
     try:
         return _header(path, case.kind, "image", case.channels)
     except Exception as error:
-        raise CaseError(f"{case.id}: cannot read {path}: {reason(error)}") from error
+        raise cannot_read(case.id, path, error) from error
+
+
+def read_label_header(case: Case) -> Header:
+    """Return what the label file of a case says about itself, reading no voxels; errors as `read_header`.
+
+    >>> from semisam.engine.cases import Case, CaseError, read_label_header
+    >>> try:
+    ...     read_label_header(Case("scan_01", (), None, "nifti"))
+    ... except CaseError as error:
+    ...     print(error)
+    scan_01: has no label, or is unlabeled in this split
+    """
+    if case.label is None:
+        raise broken(case.id, "missing-label", "has no label, or is unlabeled in this split")
+    try:
+        kind = "image" if suffix_of(case.label, PICTURES) else case.kind
+        return _header(case.label, kind, "label", 1)
+    except Exception as error:
+        raise cannot_read(case.id, case.label, error) from error
 
 
 def _header(path: Path, kind: str, key: str, channels: int) -> Header:
@@ -184,10 +224,12 @@ def _header(path: Path, kind: str, key: str, channels: int) -> Header:
 
         with h5py.File(path, "r") as file:
             if key not in file:
-                raise ValueError(f"no key {key!r}, only {sorted(file)}")
+                raise WrongData("missing-key", f"no key {key!r}, only {sorted(file)}")
             shape = tuple(file[key].shape)
             if len(shape) not in (2, 3):
-                raise ValueError(f"{key} is {len(shape)}-D, {times(shape)}: expected 2 or 3 axes")
+                raise WrongData(
+                    "dimensions", f"{key} is {len(shape)}-D, {times(shape)}: expected 2 or 3 axes"
+                )
             return Header(shape, 1, *_h5_geometry(file, len(shape)))
     if kind == "image":
         from PIL import Image  # noqa: PLC0415
@@ -232,21 +274,19 @@ def read_image(case: Case) -> Volume:
         try:
             array, found, kept = _read_image_file(path, case)
         except Exception as error:
-            raise CaseError(f"{case.id}: cannot read {path}: {reason(error)}") from error
+            raise cannot_read(case.id, path, error) from error
         if parts and array.shape[1:] != parts[0].shape[1:]:
-            raise CaseError(
-                f"{case.id}: channels of different shapes: {times(parts[0].shape[1:])} and "
-                f"{times(array.shape[1:])} ({path.name})"
-            )
+            shapes = f"{times(parts[0].shape[1:])} and {times(array.shape[1:])} ({path.name})"
+            raise broken(case.id, "shape", f"channels of different shapes: {shapes}")
         if not parts:
             spacing, header = found, kept
         parts.append(array)
     array = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if len(array) != case.channels:
-        raise CaseError(f"{case.id}: expected {case.channels} channel(s), got {len(array)}")
+        raise broken(case.id, "channels", f"expected {case.channels} channel(s), got {len(array)}")
     bad = array.size - int(np.isfinite(array).sum())
     if bad:
-        raise CaseError(f"{case.id}: {bad} of {array.size} voxels are NaN or infinite in {case.images[0]}")
+        raise broken(case.id, "non-finite", f"{bad} of {array.size} voxels are NaN or infinite")
     return Volume(array, spacing, header)
 
 
@@ -256,21 +296,41 @@ def _read_image_file(path: Path, case: Case) -> tuple[Array, tuple[float, ...] |
 
         head = _header(path, "h5", "image", 1)
         with h5py.File(path, "r") as file:
-            return np.asarray(file["image"][()], np.float32)[None], head.spacing, None
+            array = np.asarray(file["image"][()])
+        return _numbers(array)[None], head.spacing, _header_of(head)
     if case.kind == "image":
         return _read_picture(path, case.channels if len(case.images) == 1 else 1), None, None
     image = _nifti(path)
     shape, channels = _split_channels(tuple(map(int, image.shape)), case.channels)
-    with np.errstate(over="ignore", invalid="ignore"):
-        array = np.asarray(image.dataobj)
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"voxels of type {array.dtype}: expected numbers")
-        array = array.astype(np.float32)
+    array = _numbers(np.asarray(image.dataobj))
     array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
     if array.shape != (channels, *shape):
-        raise ValueError(f"expected {times((channels, *shape))} voxels, got {times(array.shape)}")
+        raise WrongData(
+            "unreadable", f"expected {times((channels, *shape))} voxels, got {times(array.shape)}"
+        )
     spacing = tuple(map(float, image.header.get_zooms()[: len(shape)]))
     return np.ascontiguousarray(array), spacing, image.header
+
+
+def _numbers(array: Array) -> Array:
+    """float32 of any real numbers; too large ones become infinite, which is found later."""
+    if array.dtype.kind not in "biuf":
+        raise WrongData("unreadable", f"voxels of type {array.dtype}: expected numbers")
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(np.float32)
+
+
+def _header_of(head: Header) -> Any:
+    """A NIfTI header with the affine that an h5 file holds."""
+    if head.affine is None:
+        return None
+    nibabel: Any = importlib.import_module("nibabel")
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(head.shape)
+    header.set_zooms(head.spacing or (1.0,) * len(head.shape))
+    header.set_sform(head.affine, 1)
+    header.set_xyzt_units("mm")
+    return header
 
 
 def _read_picture(path: Path, channels: int) -> Array:
@@ -279,7 +339,9 @@ def _read_picture(path: Path, channels: int) -> Array:
     with Image.open(path) as picture:
         grey = is_grey(picture.mode)
         if channels == 1 and not grey:
-            raise ValueError(f"colour picture ({picture.mode}): expected a grey one, as the others are")
+            raise WrongData(
+                "channels", f"colour picture ({picture.mode}): expected a grey one, as the others are"
+            )
         if grey:
             array = np.asarray(picture.convert("L") if picture.mode in ("1", "LA") else picture)
             scale = {"L": 255.0, "LA": 255.0, "1": 255.0}.get(picture.mode, 65535.0)
@@ -306,12 +368,12 @@ def read_label(case: Case, label_map: Mapping[int, int] | None = None) -> Array:
     ((16, 16, 16), 'uint8', 1)
     """
     if case.label is None:
-        raise CaseError(f"{case.id}: has no label, or is unlabeled in this split")
+        raise broken(case.id, "missing-label", "has no label, or is unlabeled in this split")
     try:
         label = _read_label_file(case.label, case.kind, bool(label_map))
         return label if not label_map else _mapped(label, complete_map(label_map))
     except Exception as error:
-        raise CaseError(f"{case.id}: cannot read the label {case.label}: {reason(error)}") from error
+        raise cannot_read(case.id, case.label, error) from error
 
 
 def complete_map(label_map: Mapping[int, int]) -> dict[int, int]:
@@ -326,7 +388,7 @@ def complete_map(label_map: Mapping[int, int]) -> dict[int, int]:
 def _mapped(label: Array, targets: Mapping[int, int]) -> Array:
     unknown = sorted(set(np.unique(label).tolist()) - set(targets))
     if unknown:
-        raise ValueError(f"values {unknown} are not in data.label_map")
+        raise WrongData("labels", f"values {unknown} are not in data.label_map")
     table = np.zeros(256, np.uint8)
     for value, target in targets.items():
         table[value] = target
@@ -339,7 +401,7 @@ def _read_label_file(path: Path, kind: str, mapped: bool) -> Array:
 
         with h5py.File(path, "r") as file:
             if "label" not in file:
-                raise ValueError(f"no key 'label', only {sorted(file)}")
+                raise WrongData("missing-key", f"no key 'label', only {sorted(file)}")
             return _whole(np.asarray(file["label"][()]))
     if suffix_of(path, PICTURES):
         return _read_mask(path, mapped)
@@ -348,7 +410,7 @@ def _read_label_file(path: Path, kind: str, mapped: bool) -> Array:
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3):
-        raise ValueError(f"{array.ndim}-D label {times(array.shape)}: expected 2 or 3 axes")
+        raise WrongData("dimensions", f"{array.ndim}-D label {times(array.shape)}: expected 2 or 3 axes")
     return _whole(array)
 
 
@@ -357,16 +419,18 @@ def _whole(array: Array) -> Array:
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"voxels of type {array.dtype}: expected whole numbers")
+        raise WrongData("labels", f"voxels of type {array.dtype}: expected whole numbers")
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
-            raise ValueError("NaN or infinite values: expected whole numbers")
-        broken = array != np.rint(array)
-        if broken.any():
-            example = float(array[broken].flat[0])
-            raise ValueError(f"{int(broken.sum())} values are not whole numbers, e.g. {example:g}")
+            raise WrongData("non-finite", "NaN or infinite values: expected whole numbers")
+        parts = array != np.rint(array)
+        if parts.any():
+            example = float(array[parts].flat[0])
+            raise WrongData(
+                "float-labels", f"{int(parts.sum())} values are not whole numbers, e.g. {example:g}"
+            )
     if array.size and (array.min() < 0 or array.max() > IGNORE):
-        raise ValueError(f"values {array.min():g}..{array.max():g}: expected 0..255")
+        raise WrongData("labels", f"values {array.min():g}..{array.max():g}: expected 0..255")
     return array.astype(np.uint8)
 
 
@@ -382,7 +446,9 @@ def _read_mask(path: Path, mapped: bool) -> Array:
         if array.ndim == 3:
             colours = array[..., :3]
             if (colours != colours[..., :1]).any():
-                raise ValueError("colour-coded mask: expected a grey or palette picture of class numbers")
+                raise WrongData(
+                    "labels", "colour-coded mask: expected a grey or palette picture of class numbers"
+                )
             array = colours[..., 0]
     label = _whole(array)
     if not mapped and set(np.unique(label).tolist()) in ({IGNORE}, {0, IGNORE}):
@@ -436,7 +502,7 @@ def _write(path: Path, array: Array, like: Volume, key: str) -> None:
         elif suffix == ".png":
             _write_png(temporary, array, key)
         else:
-            _write_h5(temporary, {key: array}, like)
+            write_h5(temporary, {key: array}, like)
 
 
 def _write_nifti(path: Path, array: Array, like: Volume) -> None:
@@ -474,7 +540,7 @@ def _write_png(path: Path, array: Array, key: str) -> None:
     picture.save(path)
 
 
-def _write_h5(path: Path, arrays: Mapping[str, Array], like: Volume) -> None:
+def write_h5(path: Path, arrays: Mapping[str, Array], like: Volume) -> None:
     import h5py  # noqa: PLC0415
 
     with h5py.File(path, "w") as file:
