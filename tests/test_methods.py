@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from semisam.specialists import UNet3d, VNet
 from torch import nn
 
 from semisam import methods, schedules
 from semisam.engine.config import MethodConfig
 from semisam.methods.base import Batch, Method, random_key
+from semisam.specialists import UNet3d, VNet
 from semisam.term import SemiSAMTerm
 
 TEACHERS = ("mean-teacher", "ua-mt")

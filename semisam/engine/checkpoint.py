@@ -77,7 +77,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
     except Exception as error:  # damaged files fail in many ways
-        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(
+            f"{path}: cannot be read: {[*str(error).splitlines(), type(error).__name__][0]}"
+        ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")

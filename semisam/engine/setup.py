@@ -74,11 +74,16 @@ def check_folder(out: Path, config: Config, resume: bool) -> None:
 
 def check_data(out: Path, digests: dict[str, str]) -> None:
     """Refuse to continue a run on other data than it began with; files may have moved, not changed."""
-    began = json.loads((out / "run.json").read_text(encoding="utf-8"))["sha256"]
-    changed = [path for path, digest in digests.items() if digest not in began.values()]
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    began = {_end(path): digest for path, digest in run["sha256"].items()}
+    changed = [path for path, digest in digests.items() if began.get(_end(path)) != digest]
     if changed or len(digests) != len(began):
         which = ", ".join(changed[:3]) or "there are fewer files"
         raise TrainingError(f"{out}: a run continues on the data it began with; these changed: {which}")
+
+
+def _end(path: str) -> str:
+    return "/".join(Path(path).parts[-2:])
 
 
 def check_patch(config: Config, network: Any, spatial_dims: int) -> None:

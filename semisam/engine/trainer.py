@@ -93,6 +93,13 @@ def train(
             f"train.patch_size (now {t.patch_size}) or train.precision (now {t.precision}; bf16 and fp16 "
             f"take half); train.accumulate makes up for a smaller batch ({str(error).splitlines()[0]})"
         ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a data worker died, most often for lack of memory: lower data.workers (now "
+            f"{config.data.workers}; 0 needs none) and continue with --resume ({error})"
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before)
 
@@ -166,7 +173,7 @@ class _Training:
         batches = self.source.loader(self.done * train.accumulate)
         steps = range(self.done, total)
         for step in progress(steps, total, "training", initial=self.done, show=self.first):
-            batch = [self._next(batches) for _ in range(train.accumulate)]
+            batch = [next(batches) for _ in range(train.accumulate)]
             try:
                 values = self.stepper.step(step, batch)
             except NotFinite as error:
@@ -188,12 +195,6 @@ class _Training:
 
     def _due(self, every: int) -> bool:
         return self.done % every == 0 or self.done == self.config.train.steps
-
-    def _next(self, batches: Iterator[Any]) -> Any:
-        try:
-            return next(batches)
-        except RuntimeError as error:  # a worker died; the loader says which and what to do
-            raise TrainingError(str(error)) from error
 
     def _stop_if_asked(self) -> None:
         number = self.received[0] if self.received else 0
@@ -332,7 +333,7 @@ class _Training:
         if self.done == 1 or self._due(self.config.train.log_every):
             row = {**values, "seconds": round(self.meta["seconds"], 3)}
             if self.term is not None:
-                row |= {name: self.term.diagnostics[name.removeprefix("term_")] for name in DIAGNOSTICS}
+                row |= {name: self.term.diagnostics.get(name.removeprefix("term_")) for name in DIAGNOSTICS}
             self.tables["log"].add(step=self.done, **row)
             if self.board is not None:
                 for name, value in row.items():
