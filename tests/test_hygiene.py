@@ -398,7 +398,7 @@ def test_lazy_names_are_those_of_their_modules():
 def test_public_names_exist_and_are_documented():
     for public in semisam.__all__:
         assert getattr(semisam, public).__doc__, public
-    for path in LAYERED:
+    for path in PACKAGE:
         if path.stem == "__main__":
             continue
         parts = path.relative_to(ROOT).with_suffix("").parts

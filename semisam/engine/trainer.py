@@ -41,7 +41,12 @@ SAMPLES = 6
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM (`number`) arrived; last.ckpt was saved."""
+    """SIGINT or SIGTERM (`number`) arrived; last.ckpt was saved.
+
+    >>> from semisam.engine.trainer import Interrupted
+    >>> print(Interrupted(15, 200))
+    stopped by SIGTERM after step 200
+    """
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
@@ -50,7 +55,13 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Run:
-    """What a training left behind: the folder, steps done, and step and Dice of the best checkpoint."""
+    """What a training left behind: the folder, steps done, and step and Dice of the best checkpoint.
+
+    >>> from pathlib import Path
+    >>> from semisam.engine.trainer import Run
+    >>> Run(Path("runs/first"), 6000, {"step": 5800, "dice": 0.86}, 3600.0).best["dice"]
+    0.86
+    """
 
     out: Path
     steps: int
@@ -77,6 +88,19 @@ def train(
 
     Raises ConfigError for settings, CaseError for data, TrainingError for the rest that a user can mend (run
     folder, memory, numbers that are not finite), CheckpointError if a checkpoint cannot be written or read.
+
+    >>> import pathlib, tempfile
+    >>> from semisam.engine import config, trainer
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> root = write_phantoms(folder / "data", labeled=1, unlabeled=1, test=0, shape=(16, 16, 16))
+    >>> made = config.load(settings=[
+    ...     ("data.root", str(root)), ("method.name", "mean-teacher"), ("train.steps", 2),
+    ...     ("train.patch_size", [16, 16, 16]), ("specialist.options", {"channels": [4, 8]})])
+    >>> trainer.train(made, folder / "run").steps
+    2
+    >>> type(trainer.load(folder / "run").network).__name__
+    'UNet3d'
     """
     check(config)
     before = torch.are_deterministic_algorithms_enabled()
