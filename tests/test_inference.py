@@ -3,17 +3,33 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
+import json
+import shutil
+import signal
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import data_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from semisam import cli, metrics
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("monai")
+nib = pytest.importorskip("nibabel")
+h5py = pytest.importorskip("h5py")
+Image = pytest.importorskip("PIL.Image")
+ndimage = pytest.importorskip("scipy.ndimage")
 
-from semisam.engine import inference  # noqa: E402
+from semisam.engine import checkpoint, evaluation, inference  # noqa: E402
+from semisam.engine.cases import CaseError  # noqa: E402
+from semisam.engine.config import Config  # noqa: E402
 from semisam.engine.inference import sliding_window, window_starts  # noqa: E402
 
 torch.set_num_threads(1)
@@ -171,3 +187,569 @@ def test_largest_component_per_class_uses_all_neighbours(rng):
         assert (label[kept == c] == c).all()
     diagonal = np.eye(4, dtype=np.uint8)
     assert (inference.keep_largest(diagonal, 2) == diagonal).all()
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def make_run(folder, *, specialist, patch, classes, channels=1, dims=3, weights=None, split=None, **data):
+    """A run's folder as training leaves it, with given or random weights (seed 0)."""
+    config = Config()
+    config.specialist.name, config.specialist.options = specialist
+    config.train.patch_size = list(patch)
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    names = ["background", *(f"class {c}" for c in range(1, classes))]
+    meta = {
+        "class_names": names,
+        "spatial_dims": dims,
+        "channels": channels,
+        "num_classes": classes,
+        "spacing": None,
+    }
+    torch.manual_seed(0)
+    network = checkpoint.network_of(config, meta)
+    if weights is not None:
+        network.load_state_dict({k: torch.as_tensor(v, dtype=torch.float32) for k, v in weights.items()})
+    other = checkpoint.network_of(config, meta)
+    folder.mkdir(parents=True)
+    state = {
+        "format": 1,
+        "step": 7,
+        "student": network.state_dict(),
+        "teacher": other.state_dict(),
+        "config": asdict(config),
+        "meta": meta,
+    }
+    checkpoint.save(folder / "last.ckpt", state)
+    (folder / "run.json").write_text(json.dumps({"split": split or {}, "class_names": names}))
+    return folder
+
+
+def grey_levels(thresholds, dims=3, channels=1):
+    """Weights of a 1x1 convolution whose class is the number of thresholds below the first channel."""
+    classes = len(thresholds) + 1
+    weight, bias = np.zeros((classes, channels, *(1,) * dims)), np.zeros(classes)
+    for c in range(1, classes):
+        weight[c, 0], bias[c] = c, -sum(thresholds[:c])
+    return {"weight": 4 * weight, "bias": 4 * bias}
+
+
+CONV3 = ("torch.nn.Conv3d", {"kernel_size": 1})
+CONV2 = ("torch.nn.Conv2d", {"kernel_size": 1})
+SMALL = ("unet3d", {"channels": [2, 4]})
+
+
+def zscore(x, axes=None):
+    x = np.asarray(x, np.float64)
+    return (x - x.mean(axes, keepdims=True)) / x.std(axes, keepdims=True)
+
+
+def some_hippocampus(folder, names=("001", "003", "243")):
+    root = data_dir("hippocampus")
+    (folder / "imagesTr").mkdir(parents=True)
+    (folder / "labelsTr").mkdir()
+    for name in names:
+        for kind in ("imagesTr", "labelsTr"):
+            shutil.copy(root / kind / f"hippocampus_{name}.nii.gz", folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hippocampus_run(tmp_path_factory):
+    """A grey-level segmentation of 3 classes and three real cases: one labeled, one unlabeled, one test."""
+    place = tmp_path_factory.mktemp("runs")
+    data = some_hippocampus(place / "data")
+    ids = [f"hippocampus_{name}" for name in ("001", "003", "243")]
+    return make_run(
+        place / "run",
+        specialist=CONV3,
+        patch=(32, 32, 32),
+        classes=3,
+        weights=grey_levels((0.5, 1.5)),
+        split={"labeled": ids[:1], "unlabeled": ids[1:2], "validation": [], "test": ids[2:]},
+        root=str(data),
+    )
+
+
+def predicted(image):
+    z = zscore(image)
+    return (z > 0.5).astype(np.uint8) + (z > 1.5)
+
+
+# ---- files in, files out ------------------------------------------------------------------------
+
+
+def geometry(image):
+    header = image.header
+    keys = ("pixdim", "qform_code", "sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units", "qoffset_x")
+    return [np.asarray(header[key]).tolist() for key in keys]
+
+
+def test_nifti_keeps_its_geometry_and_the_label_is_the_argmax(hippocampus_run, tmp_path, capsys):
+    images = Path(json_config(hippocampus_run)["data"]["root"]) / "imagesTr"
+    words = [
+        "predict",
+        str(hippocampus_run),
+        str(images),
+        "--out",
+        str(tmp_path),
+        "--probability",
+        "--uncertainty",
+    ]
+    assert cli.main(words) == 0
+    files = sorted(images.iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [p.name for p in files]
+    for file in files:
+        scan = nib.load(file)
+        label, probability, uncertainty = (
+            nib.load(tmp_path / k / file.name) for k in ("", "probability", "uncertainty")
+        )
+        for made in (label, probability, uncertainty):
+            assert (made.affine == scan.affine).all()
+            assert geometry(made)[1:] == geometry(scan)[1:]
+            assert np.array_equal(made.header["pixdim"][:4], scan.header["pixdim"][:4])
+        assert label.get_data_dtype() == np.uint8
+        assert probability.get_data_dtype() == uncertainty.get_data_dtype() == np.float32
+        assert (np.asarray(label.dataobj) == predicted(scan.dataobj)).all()
+        p = np.asarray(probability.dataobj)
+        assert p.shape == (*scan.shape, 3)
+        np.testing.assert_allclose(p.sum(-1), 1, atol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(uncertainty.dataobj), -(p * np.log(np.maximum(p, 1e-7))).sum(-1) / np.log(3), atol=1e-4
+        )
+    assert "3 predicted" in capsys.readouterr().out
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.nii.gz")}
+    assert cli.main(words) == 0
+    assert "0 predicted, 3 skipped, as their files are there (--overwrite" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.nii.gz")}
+    assert cli.main([*words, "--overwrite"]) == 0
+    assert all(p.stat().st_mtime_ns > t for p, t in before.items())
+    next(tmp_path.glob("uncertainty/*.nii.gz")).unlink()
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    assert "1 predicted, 2 skipped" in capsys.readouterr().out
+
+
+def json_config(run):
+    return checkpoint.read(run / "last.ckpt")["config"]
+
+
+def test_oblique_scan_keeps_its_affine(tmp_path):
+    scan = data_dir("extra") / "brain_t1post_oblique.nii.gz"
+    run = make_run(
+        tmp_path / "run", specialist=CONV3, patch=(96, 96, 16), classes=2, weights=grey_levels((1.0,))
+    )
+    assert cli.main(["predict", str(run), str(scan), "--out", str(tmp_path / "out")]) == 0
+    image, made = nib.load(scan), nib.load(tmp_path / "out" / scan.name)
+    assert (made.affine == image.affine).all()
+    assert geometry(made) == geometry(image)
+    assert made.get_data_dtype() == np.uint8
+    assert (np.asarray(made.dataobj) == (zscore(image.dataobj) > 1)).all()
+
+
+def test_resampled_scans_come_back_on_their_own_grid(tmp_path):
+    scan = data_dir("hippocampus") / "imagesTr" / "hippocampus_001.nii.gz"
+    run = make_run(
+        tmp_path / "run",
+        specialist=CONV3,
+        patch=(16, 16, 16),
+        classes=2,
+        weights=grey_levels((1.0,)),
+        spacing=[2.0, 1.5, 1.0],
+    )
+    assert cli.main(["predict", str(run), str(scan), "--out", str(tmp_path / "out")]) == 0
+    made = nib.load(tmp_path / "out" / scan.name)
+    expected = zscore(nib.load(scan).dataobj) > 1
+    assert made.shape == expected.shape
+    assert (
+        metrics.dice(np.asarray(made.dataobj)[None, None], expected[None, None].astype(np.uint8))[0, 0] > 0.7
+    )
+
+
+def test_left_atrium_h5(tmp_path):
+    root = data_dir("la") / "2018LA_Seg_Training Set"
+    name = sorted(p.name for p in root.iterdir())[0]
+    run = make_run(
+        tmp_path / "run",
+        specialist=CONV3,
+        patch=(112, 112, 80),
+        classes=2,
+        weights=grey_levels((1.0,)),
+        normalize="none",
+    )
+    words = ["predict", str(run), str(root / name / "mri_norm2.h5"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    with h5py.File(root / name / "mri_norm2.h5") as f:
+        image = f["image"][()]
+    with h5py.File(tmp_path / "out" / f"{name}.h5") as f:
+        assert list(f) == ["label"]
+        assert f["label"].dtype == np.uint8
+        assert (f["label"][()] == (image > 1)).all()
+    assert cli.main([*words, "--probability"]) == 0, "a key that is missing is written"
+    with h5py.File(tmp_path / "out" / f"{name}.h5") as f:
+        assert sorted(f) == ["label", "probability"]
+        assert f["probability"].shape == (2, *image.shape)
+
+
+def test_cardiac_volume_with_a_slice_network(tmp_path):
+    file = sorted((data_dir("acdc") / "data").glob("*.h5"))[0]
+    run = make_run(
+        tmp_path / "run",
+        specialist=("unet2d", {"channels": [2, 4], "dropout": [0.1, 0.1]}),
+        patch=(64, 64),
+        classes=4,
+        dims=2,
+    )
+    loaded = checkpoint.load(run)
+    case = inference.cases_of([file])[0]
+    whole = inference.predict_case(loaded, case)
+    with h5py.File(file) as f:
+        image = f["image"][()]
+    assert whole.label.shape == image.shape
+    for i in (0, len(image) - 1):
+        alone = tmp_path / "slice.h5"
+        with h5py.File(alone, "w") as f:
+            f["image"] = image[i]
+        one = inference.predict_case(loaded, inference.cases_of([alone])[0])
+        np.testing.assert_allclose(whole.probability[:, i], one.probability, atol=1e-5)
+
+
+def test_nifti_slices_are_those_of_the_last_axis(tmp_path, rng):
+    run = make_run(
+        tmp_path / "run",
+        specialist=CONV2,
+        patch=(16, 16),
+        classes=2,
+        dims=2,
+        weights=grey_levels((1.0,), dims=2),
+    )
+    image = rng.normal(size=(16, 16, 5)).astype(np.float32) * np.arange(1, 6)
+    nib.save(nib.Nifti1Image(image, np.diag([1, 1, 8, 1])), tmp_path / "a.nii.gz")
+    made = inference.predict_case(checkpoint.load(run), inference.cases_of([tmp_path / "a.nii.gz"])[0])
+    assert (made.label == (zscore(image, (0, 1)) > 1)).mean() > 0.999  # each slice has its own z-score
+
+
+def test_polyp_pictures(tmp_path):
+    root = data_dir("polyp") / "cvc_clinicdb"
+    images = sorted((root / "images").iterdir())[:2]
+    run = make_run(
+        tmp_path / "run",
+        specialist=CONV2,
+        patch=(256, 256),
+        classes=2,
+        channels=3,
+        dims=2,
+        weights=grey_levels((1.0,), dims=2, channels=3),
+    )
+    words = ["--out", str(tmp_path / "out"), "--probability", "--uncertainty"]
+    assert cli.main(["predict", str(run), *map(str, images), *words]) == 0
+    for file in images:
+        red = np.asarray(Image.open(file).convert("RGB"), np.float32)[..., 0]
+        made = Image.open(tmp_path / "out" / f"{file.stem}.png")
+        assert made.mode == "P"
+        assert (np.asarray(made) == (zscore(red) > 1)).all()
+        assert (
+            np.asarray(Image.open(tmp_path / "out" / "uncertainty" / f"{file.stem}.png")).shape == red.shape
+        )
+        with h5py.File(tmp_path / "out" / "probability" / f"{file.stem}.h5") as f:
+            assert f["probability"].shape == (2, *red.shape)
+
+
+# ---- which cases --------------------------------------------------------------------------------
+
+
+def test_ids_of_the_run_and_its_test_cases(hippocampus_run, tmp_path, capsys):
+    words = ["predict", str(hippocampus_run), "hippocampus_003", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["hippocampus_003.nii.gz"]
+    assert cli.main(["predict", str(hippocampus_run)]) == 0
+    folder = hippocampus_run / "test" / "last-student" / "predictions"
+    assert [p.name for p in folder.iterdir()] == ["hippocampus_243.nii.gz"]
+    assert cli.main(["predict", str(hippocampus_run), "--role", "validation"]) == 1
+    assert "has no validation cases" in capsys.readouterr().err
+    assert cli.main(["predict", str(hippocampus_run), "nobody", "elsewhere", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "nobody: no such file or folder" in error
+    assert "elsewhere: no such" in error
+
+
+def test_channel_files_are_one_case(tmp_path):
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001", "plain_2017"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    cases = {case.id: case for case in inference.cases_of([tmp_path], channels=2)}
+    assert sorted(cases) == ["a", "b", "plain_2017"]
+    assert [p.name for p in cases["a"].images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+
+
+def test_two_inputs_of_one_id_are_refused(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.nii.gz").touch()
+    with pytest.raises(CaseError, match="a: two inputs have this id"):
+        inference.cases_of([tmp_path / "x", tmp_path / "y"])
+    (tmp_path / "z").mkdir()
+    with pytest.raises(CaseError, match="no scans here"):
+        inference.cases_of([tmp_path / "z"])
+
+
+def test_labels_of_data_sets_are_not_opened(hippocampus_run, tmp_path):
+    data = some_hippocampus(tmp_path / "data")
+    for file in (data / "labelsTr").iterdir():
+        file.write_bytes(b"not a label")
+    assert cli.main(["predict", str(hippocampus_run), str(data), "--out", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+# ---- faults -------------------------------------------------------------------------------------
+
+
+def test_broken_scans_do_not_stop_the_others(hippocampus_run, tmp_path, capsys):
+    folder = some_hippocampus(tmp_path / "data") / "imagesTr"
+    whole = (folder / "hippocampus_001.nii.gz").read_bytes()
+    (folder / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.nii.gz").touch()
+    image = nib.load(folder / "hippocampus_001.nii.gz")
+    array = np.asarray(image.dataobj, np.float32)
+    array[0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(array, image.affine), folder / "nan.nii.gz")
+    nib.save(nib.Nifti1Image(np.stack([array] * 2, -1), image.affine), folder / "time.nii.gz")
+    nib.save(nib.Nifti1Image(array[1], image.affine), folder / "flat.nii.gz")
+    assert cli.main(["predict", str(hippocampus_run), str(folder), "--out", str(tmp_path / "out")]) == 1
+    out = capsys.readouterr().out
+    assert "3 predicted, 5 failed" in out
+    for name, word in (("cut", ""), ("empty", ""), ("nan", "NaN"), ("time", "4-D"), ("flat", "axes")):
+        line = next(line for line in out.splitlines() if line.startswith(f"  {name}:"))
+        assert word in line
+        assert "Traceback" not in line
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_wrong_number_of_channels_is_named(hippocampus_run, tmp_path, capsys):
+    run = make_run(tmp_path / "run", specialist=CONV3, patch=(16, 16, 16), classes=2, channels=2)
+    file = data_dir("hippocampus") / "imagesTr" / "hippocampus_001.nii.gz"
+    assert cli.main(["predict", str(run), str(file), "--out", str(tmp_path / "out")]) == 1
+    assert "expected 2 channel(s), got 1" in capsys.readouterr().out
+    colour = sorted((data_dir("polyp") / "cvc_clinicdb" / "images").iterdir())[0]
+    assert cli.main(["predict", str(hippocampus_run), str(colour), "--out", str(tmp_path / "out")]) == 1
+    assert "colour picture" in capsys.readouterr().out
+
+
+@contextmanager
+def full_disk(size):
+    """A limit on the size of files stands for a full disk: the same error at the same places."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("kind", ["nifti", "h5"])
+def test_full_disk_leaves_no_half_file(hippocampus_run, tmp_path, capsys, kind):
+    scans = Path(json_config(hippocampus_run)["data"]["root"]) / "imagesTr"
+    if kind == "h5":
+        scans = tmp_path / "scan.h5"
+        with h5py.File(scans, "w") as f:
+            f["image"] = np.random.default_rng(0).normal(size=(40, 40, 40)).astype(np.float32)
+    words = ["predict", str(hippocampus_run), str(scans), "--out", str(tmp_path / "out"), "--probability"]
+    with full_disk(20_000):
+        assert cli.main(words) == 1
+    assert "stopped: " in capsys.readouterr().err
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+    assert cli.main(words) == 0
+
+
+def test_runs_that_are_none_and_devices_that_are_not_here(hippocampus_run, tmp_path, capsys):
+    assert cli.main(["predict", str(tmp_path)]) == 1
+    assert "expected the folder of a training run" in capsys.readouterr().err
+    assert cli.main(["predict", str(hippocampus_run), "--device", "tpu"]) == 1
+    assert "device: expected auto, cpu or a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["x", "--out", "y", "--role", "test"],
+        ["x"],
+        ["--mc", "3"],
+        ["--batch", "0"],
+        ["--stride", "0"],
+        ["--network", "nurse"],
+    ],
+)
+def test_wrong_usage(hippocampus_run, words):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["predict", str(hippocampus_run), *words])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "pseudo-label"])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"  semisam {command} " in capsys.readouterr().out
+
+
+# ---- settings -----------------------------------------------------------------------------------
+
+
+def test_dropout_passes_change_the_uncertainty_alone(tmp_path):
+    run = make_run(tmp_path / "run", specialist=SMALL, patch=(16, 16, 16), classes=2)
+    loaded = checkpoint.load(run)
+    case = inference.cases_of([data_dir("hippocampus") / "imagesTr" / "hippocampus_001.nii.gz"])[0]
+    plain = inference.predict_case(loaded, case, inference.Settings(uncertainty=True))
+    state = torch.get_rng_state()
+    a, b = (
+        inference.predict_case(loaded, case, inference.Settings(uncertainty=True, mc=3)) for _ in range(2)
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert (plain.probability == a.probability).all()
+    assert (plain.label == a.label).all()
+    assert (a.uncertainty == b.uncertainty).all(), "the same seed gives the same passes"
+    assert not np.allclose(a.uncertainty, plain.uncertainty)
+    still = make_run(tmp_path / "still", specialist=CONV3, patch=(16, 16, 16), classes=2)
+    with pytest.raises(ValueError, match="no dropout layer"):
+        inference.predict_case(checkpoint.load(still), case, inference.Settings(uncertainty=True, mc=3))
+
+
+def test_teacher_stride_and_largest_component(hippocampus_run, tmp_path):
+    file = data_dir("hippocampus") / "imagesTr" / "hippocampus_001.nii.gz"
+    student, teacher = (checkpoint.load(hippocampus_run, network=n) for n in ("student", "teacher"))
+    case = inference.cases_of([file])[0]
+    one = inference.predict_case(student, case)
+    assert (inference.predict_case(teacher, case).label != one.label).any()
+    kept = inference.predict_case(
+        student, case, inference.Settings(largest_component=True, stride=(8, 16, 32))
+    )
+    assert (kept.label == inference.keep_largest(predicted(nib.load(file).dataobj), 3)).all()
+    with pytest.raises(ValueError, match="stride: expected 3 numbers"):
+        inference.predict_case(student, case, inference.Settings(stride=40))
+
+
+# ---- pseudo-labels ------------------------------------------------------------------------------
+
+
+def ranking(folder):
+    with (folder / "ranking.csv").open() as f:
+        return list(csv.DictReader(f))
+
+
+def test_pseudo_labels_are_ranked_by_doubt(hippocampus_run, tmp_path, capsys):
+    data = some_hippocampus(tmp_path / "data", ("001", "003", "004", "006"))
+    for name in ("001", "003", "004"):
+        (data / "labelsTr" / f"hippocampus_{name}.nii.gz").unlink()
+    nothing = nib.load(data / "imagesTr" / "hippocampus_004.nii.gz")
+    flat = np.zeros(nothing.shape, np.float32)
+    flat[:2] = -1.0  # two slabs: no voxel reaches the threshold of 0.5
+    flat[2:] = 0.01
+    nib.save(nib.Nifti1Image(flat, nothing.affine), data / "imagesTr" / "hippocampus_004.nii.gz")
+    out = tmp_path / "out"
+    words = ["pseudo-label", str(hippocampus_run), str(data), "--out", str(out)]
+    assert cli.main(words) == 0
+    rows = ranking(out)
+    assert [row["rank"] for row in rows] == ["1", "2", "3"]
+    assert rows[0]["case"] == "hippocampus_004"
+    assert (rows[0]["empty"], rows[0]["components"], rows[0]["foreground_voxels"]) == ("1", "0", "0")
+    doubt = [float(row["mean_uncertainty"]) for row in rows[1:]]
+    assert doubt == sorted(doubt, reverse=True)
+    teacher = checkpoint.load(hippocampus_run, network="teacher")
+    for row in rows[1:]:
+        label = np.asarray(nib.load(out / "pseudo" / f"{row['case']}.nii.gz").dataobj)
+        doubts = np.asarray(nib.load(out / "uncertainty" / f"{row['case']}.nii.gz").dataobj)
+        scan = data / "imagesTr" / f"{row['case']}.nii.gz"
+        assert (label == predicted(nib.load(scan).dataobj)).all()
+        near = ndimage.distance_transform_edt(label == 0) <= 3
+        assert float(row["mean_uncertainty"]) == pytest.approx(doubts[near].mean(), rel=1e-4)
+        assert float(row["mean_uncertainty_volume"]) == pytest.approx(doubts.mean(), rel=1e-4)
+        assert float(row["foreground_ml"]) == pytest.approx((label > 0).sum() / 1000)
+        count = sum(ndimage.label(label == c, np.ones((3, 3, 3)))[1] for c in (1, 2))
+        assert int(row["components"]) == count
+        other = inference.predict_case(teacher, inference.cases_of([scan])[0]).label
+        dice = [
+            2 * ((label == c) & (other == c)).sum() / max((label == c).sum() + (other == c).sum(), 1)
+            for c in (1, 2)
+        ]
+        assert float(row["dice_student_teacher"]) == pytest.approx(np.mean(dice))
+    content = json.loads((out / "dataset.json").read_text())
+    assert content["numTraining"] == len(content["dataset"]) == 3
+    assert content["labels"] == {"background": 0, "class 1": 1, "class 2": 2}
+    for entry in content["dataset"].values():
+        assert (out / entry["label"]).is_file()
+        assert all(Path(image).is_file() for image in entry["images"])
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    assert "0 predicted, 3 skipped" in capsys.readouterr().out
+    assert ranking(out) == rows
+    (out / "pseudo" / f"{rows[2]['case']}.nii.gz").unlink()
+    assert cli.main(words) == 0
+    assert "1 predicted, 2 skipped" in capsys.readouterr().out
+    assert ranking(out) == rows
+
+
+def test_pseudo_labels_of_the_run_s_own_data_are_those_of_its_unlabeled_cases(
+    hippocampus_run, tmp_path, capsys
+):
+    root = json_config(hippocampus_run)["data"]["root"]
+    assert cli.main(["pseudo-label", str(hippocampus_run), root, "--out", str(tmp_path / "out")]) == 0
+    assert [row["case"] for row in ranking(tmp_path / "out")] == ["hippocampus_003"]
+    full = some_hippocampus(tmp_path / "other", ("001", "003"))
+    assert cli.main(["pseudo-label", str(hippocampus_run), str(full), "--out", str(tmp_path / "b")]) == 1
+    assert "every case has a label; --all" in capsys.readouterr().err
+    assert (
+        cli.main(["pseudo-label", str(hippocampus_run), str(full), "--out", str(tmp_path / "b"), "--all"])
+        == 0
+    )
+    assert len(ranking(tmp_path / "b")) == 2
+
+
+def test_broken_scans_do_not_stop_pseudo_labels(hippocampus_run, tmp_path, capsys):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    shutil.copy(data_dir("hippocampus") / "imagesTr" / "hippocampus_001.nii.gz", folder)
+    (folder / "cut.nii.gz").write_bytes((folder / "hippocampus_001.nii.gz").read_bytes()[:500])
+    assert cli.main(["pseudo-label", str(hippocampus_run), str(folder), "--out", str(tmp_path / "out")]) == 1
+    assert "1 predicted, 1 failed" in capsys.readouterr().out
+    assert [row["case"] for row in ranking(tmp_path / "out")] == ["hippocampus_001"]
+    assert list(json.loads((tmp_path / "out" / "dataset.json").read_text())["dataset"]) == ["hippocampus_001"]
+
+
+# ---- a run's own scores --------------------------------------------------------------------------
+
+
+def test_evaluate_run_predicts_and_measures_twice(tmp_path, capsys):
+    names = ("001", "003", "243")
+    ids = [f"hippocampus_{name}" for name in names]
+    data = some_hippocampus(tmp_path / "data", names)
+    run = make_run(
+        tmp_path / "run",
+        specialist=CONV3,
+        patch=(32, 32, 32),
+        classes=3,
+        weights=grey_levels((0.5, 1.5)),
+        split={"labeled": ids[:1], "test": ids[1:]},
+        root=str(data),
+    )
+    assert cli.main(["evaluate", "--run", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "95HD (mm)" in out
+    assert "largest component" in out
+    place = run / "test" / "last-student"
+    direct = evaluation.evaluate_folders(
+        place / "predictions", data / "labelsTr", only_predicted=True, show=False
+    ).summary()
+    raw = json.loads((place / "summary.json").read_text())
+    assert raw["cases"] == 2
+    assert raw["unit"] == "mm"
+    for c in (1, 2):
+        assert raw["per_class"][f"class {c}"]["hd95"] == direct["per_class"][str(c)]["hd95"]
+    largest = json.loads((run / "test" / "last-student-largest-component" / "summary.json").read_text())
+    assert largest["per_class"]["class 1"]["dice"]["mean"] != raw["per_class"]["class 1"]["dice"]["mean"]
+    (data / "labelsTr" / f"{ids[2]}.nii.gz").unlink()
+    assert cli.main(["evaluate", "--run", str(run)]) == 1
+    assert f"{ids[2]}: has no label" in capsys.readouterr().err

@@ -156,7 +156,7 @@ def disturbed(image: Any, label: Any, random: np.random.Generator, *, rotate: bo
     >>> from semisam.engine.gate import disturbed
     >>> image = np.random.default_rng(0).random((1, 12, 12, 12), np.float32)
     >>> copy, label = disturbed(image, np.ones((12, 12, 12), np.uint8), np.random.default_rng(1))
-    >>> copy.shape, str(copy.dtype), abs(copy.mean() - image.mean()) < 1e-5
+    >>> copy.shape, str(copy.dtype), bool(abs(copy.mean() - image.mean()) < 1e-5)
     ((1, 12, 12, 12), 'float32', True)
     """
     from scipy import ndimage  # noqa: PLC0415

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference of a specialist: sliding windows over a volume, uncertainty, components.
+"""Inference of a specialist: sliding windows, uncertainty, components, and from files to files.
 
 Only the network is used here: no generalist and no prompt. The steps of a case are
 
@@ -8,15 +8,53 @@ Only the network is used here: no generalist and no prompt. The steps of a case 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import importlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from semisam import fusion, masks
+from semisam.engine.cases import (
+    Case,
+    CaseError,
+    CaseSet,
+    Volume,
+    find_cases,
+    read_image,
+    write_label,
+    write_map,
+)
+from semisam.engine.files import atomic
+from semisam.engine.preprocess import Preprocessing
+from semisam.engine.progress import progress as reported
+from semisam.engine.progress import say
+from semisam.engine.scans import H5, NIFTI, PICTURES, stem_of, suffix_of
 
-__all__ = ["entropy", "keep_largest", "sliding_window", "window_starts"]
+__all__ = [
+    "Outcome",
+    "Prediction",
+    "Settings",
+    "cases_of",
+    "device_named",
+    "entropy",
+    "keep_largest",
+    "load_run",
+    "predict_case",
+    "predict_cases",
+    "predict_split",
+    "role_cases",
+    "sliding_window",
+    "window_starts",
+]
 
 
 # ---- windows ------------------------------------------------------------------------------------
@@ -74,7 +112,7 @@ def sliding_window(
     ((2, 9, 7, 5), True)
     """
     import torch  # noqa: PLC0415
-    from monai.inferers import sliding_window_inference  # noqa: PLC0415
+    from monai.inferers.utils import sliding_window_inference  # noqa: PLC0415
 
     given = image
     image = torch.as_tensor(image, dtype=torch.float32)
@@ -108,7 +146,7 @@ def sliding_window(
     overlap = [0.0 if s == p else 1 - (s + 0.5) / p for p, s in zip(patch, strides, strict=True)]
     try:
         with _evaluation(network, dropout), torch.no_grad():
-            result = sliding_window_inference(
+            result: Any = sliding_window_inference(
                 stack,
                 patch,
                 batch,
@@ -153,8 +191,6 @@ def _device_of(network: Any) -> Any:
 
 
 def _terminal() -> bool:
-    import sys  # noqa: PLC0415
-
     return sys.stderr.isatty()
 
 
@@ -217,3 +253,439 @@ def keep_largest(label: Any, num_classes: int) -> Any:
         if mask.any():
             kept[masks.largest_component(mask, spatial_dims=label.ndim)] = c
     return kept
+
+
+# ---- cases --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How cases are predicted.
+
+    `stride` of the windows (a number, one per axis, or None: half the patch), `batch` windows at once,
+    `accumulate` as in `sliding_window`; `uncertainty` asks for a map: the normalised entropy of the mean
+    softmax, with `mc` > 0 that of the mean of `mc` passes with dropout (seeded by `seed`). Dropout never
+    changes label or probability. `largest_component` keeps each class's largest component.
+    """
+
+    stride: Sequence[int] | int | None = None
+    batch: int = 4
+    accumulate: str | None = None
+    uncertainty: bool = False
+    mc: int = 0
+    seed: int = 1337
+    largest_component: bool = False
+
+
+class Prediction(NamedTuple):
+    """What `predict_case` returns, on the grid of the scan's file."""
+
+    label: Any  # [*S] uint8
+    probability: Any  # [C, *S] float32
+    uncertainty: Any  # [*S] float32 in 0..1, or None
+    volume: Volume
+
+
+def device_named(name: str = "auto") -> Any:
+    """Return the torch device of a name; "auto" is the GPU if there is one.
+
+    Raises ValueError for a device that torch does not have here.
+
+    >>> from semisam.engine.inference import device_named
+    >>> device_named("cpu")
+    device(type='cpu')
+    """
+    import torch  # noqa: PLC0415
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device: expected auto, cpu or a GPU that is here (cuda, cuda:1), got {name!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+def predict_case(
+    loaded: Any, case: Case, settings: Settings = Settings(), *, progress: bool = False
+) -> Prediction:
+    """Return label, probabilities and, if asked, uncertainty of one scan.
+
+    `loaded` is what `semisam.engine.checkpoint.load` returns; the network decides the device. The label
+    is the class of the largest mean softmax (of equal ones the first), restored to the file's grid. A 2-D
+    network predicts a volume slice by slice: along the first axis of h5 files, the last of NIfTI files.
+
+    Raises CaseError for scans that cannot be read or do not fit the network (number of channels or axes),
+    ValueError for settings that do not fit, RuntimeError if the device's memory does not suffice.
+    """
+    import torch  # noqa: PLC0415
+
+    network, config, meta = loaded.network, loaded.config, loaded.meta
+    if settings.mc and not _dropouts(network):
+        raise ValueError("mc: the network has no dropout layer: every pass would be the same; leave mc out")
+    volume = read_image(replace(case, label=None, channels=int(meta["channels"])))
+    _check_axes(case, volume, int(meta["spatial_dims"]))
+    # The slices of a stack come first in h5 files, last in NIfTI files.
+    stacked = volume.array.ndim - 1 > int(meta["spatial_dims"])
+    axis = volume.array.ndim - 2 if stacked and case.kind == "nifti" else 0
+    preparation = Preprocessing.of(config, int(meta["spatial_dims"]))
+    prepared = preparation.prepare(_axis_first(volume, axis))
+
+    def pass_over(dropout: bool) -> Any:
+        probability = sliding_window(
+            network,
+            prepared.image,
+            config.train.patch_size,
+            settings.stride,
+            batch=settings.batch,
+            accumulate=settings.accumulate,
+            dropout=dropout,
+            progress=progress,
+        )
+        return np.ascontiguousarray(np.moveaxis(preparation.restore(probability, prepared), 1, 1 + axis))
+
+    probability = pass_over(False)
+    uncertainty = None
+    if settings.uncertainty:
+        mean = probability
+        if settings.mc:
+            with torch.random.fork_rng():
+                torch.manual_seed(settings.seed)
+                mean = sum(pass_over(True) for _ in range(settings.mc)) / np.float32(settings.mc)
+        uncertainty = entropy(mean)
+    label = probability.argmax(0).astype(np.uint8)
+    if settings.largest_component:
+        label = keep_largest(label, probability.shape[0])
+    return Prediction(label, probability, uncertainty, volume)
+
+
+def _axis_first(volume: Volume, axis: int) -> Volume:
+    """The scan with one of its axes moved to the front."""
+    if axis == 0:
+        return volume
+    order = [axis, *(i for i in range(volume.array.ndim - 1) if i != axis)]
+    spacing = None if volume.spacing is None else tuple(volume.spacing[i] for i in order)
+    return Volume(np.moveaxis(volume.array, 1 + axis, 1), spacing, volume.header)
+
+
+def _check_axes(case: Case, volume: Volume, dims: int) -> None:
+    axes = volume.array.ndim - 1
+    if axes != dims and (axes, dims) != (3, 2):
+        raise CaseError(
+            f"{case.id}: expected a scan of {'2 or 3' if dims == 2 else 3} axes for this {dims}-D network, "
+            f"got {' x '.join(map(str, volume.array.shape[1:]))}"
+        )
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+CHANNEL = re.compile(r"^(?P<id>.+)_(?P<channel>\d{4})$")
+SUFFIXES = (*NIFTI, *H5, *PICTURES)
+ENDINGS = {"nifti": ".nii.gz", "h5": ".h5", "image": ".png"}
+
+
+@dataclass
+class Outcome:
+    """What became of a list of cases: ids that were written and skipped, and why others failed."""
+
+    written: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def report(self) -> str:
+        """Return the counts, and a line for every case that failed.
+
+        >>> from semisam.engine.inference import Outcome
+        >>> print(Outcome(["a", "b"], [], {"c": "cannot be read"}).report())
+        2 predicted, 1 failed:
+          c: cannot be read
+        """
+        parts = [f"{len(self.written)} predicted"]
+        if self.skipped:
+            parts.append(
+                f"{len(self.skipped)} skipped, as their files are there (--overwrite predicts them again)"
+            )
+        if self.failed:
+            parts.append(f"{len(self.failed)} failed:")
+        lines = [", ".join(parts), *(f"  {reason_of(case, why)}" for case, why in self.failed.items())]
+        return "\n".join(lines)
+
+
+def reason_of(case: str, why: str) -> str:
+    """Return "case: why" with the case named once."""
+    return why if why.startswith(f"{case}:") else f"{case}: {why}"
+
+
+def predict_cases(
+    loaded: Any,
+    cases: Sequence[Case],
+    out: str | os.PathLike[str],
+    settings: Settings = Settings(),
+    *,
+    probability: bool = False,
+    overwrite: bool = False,
+    each: Callable[[Case, Prediction], None] | None = None,
+    label_folder: str = "",
+) -> Outcome:
+    """Predict cases into a folder, file by file; what cannot be predicted is told at the end.
+
+    NIfTI scans give `<id>.nii.gz` (uint8, affine and header geometry of the scan), on demand
+    `probability/<id>.nii.gz` (float32, 4-D, classes last) and `uncertainty/<id>.nii.gz` (float32). h5 scans
+    give `<id>.h5` with the keys label, probability [C, *S] and uncertainty; pictures `<id>.png` (class
+    numbers with a palette), `probability/<id>.h5` and `uncertainty/<id>.png` (0..255). Labels go to
+    `label_folder` in `out`. Cases whose files are all there are skipped unless `overwrite`. `each` is
+    called with every prediction after its files were written.
+
+    Raises OSError if nothing can be written (disk full): what was written before is whole, and the same
+    command goes on from there.
+    """
+    place = Path(out)
+    outcome = Outcome()
+    for case in reported(cases, label="predict"):
+        names = _outputs(case, place, label_folder, probability, settings.uncertainty)
+        if not overwrite and all(path.is_file() for path in names.values()) and _complete(case, names):
+            outcome.skipped.append(case.id)
+            continue
+        try:
+            prediction = predict_case(loaded, case, settings, progress=True)
+        except (CaseError, ValueError, RuntimeError, MemoryError) as error:
+            outcome.failed[case.id] = " ".join(str(error).split()) or type(error).__name__
+            say(f"failed: {reason_of(case.id, outcome.failed[case.id])}")
+            continue
+        _write(case, prediction, names)
+        outcome.written.append(case.id)
+        if each is not None:
+            each(case, prediction)
+    return outcome
+
+
+def _outputs(case: Case, out: Path, label: str, probability: bool, uncertainty: bool) -> dict[str, Path]:
+    """The file of every output."""
+    ending = ENDINGS[case.kind]
+    names = {"label": out / label / f"{case.id}{ending}"}
+    for name, wanted in (("probability", probability), ("uncertainty", uncertainty)):
+        if wanted and case.kind == "h5":
+            names[name] = names["label"]
+        elif wanted:
+            other = ".h5" if name == "probability" and case.kind == "image" else ending
+            names[name] = out / name / f"{case.id}{other}"
+    return names
+
+
+def _complete(case: Case, names: Mapping[str, Path]) -> bool:
+    """Whether an h5 file has all keys."""
+    if case.kind != "h5":
+        return True
+    import h5py  # noqa: PLC0415
+
+    try:
+        with h5py.File(names["label"], "r") as file:
+            return all(name in file for name in names)
+    except OSError:
+        return False
+
+
+def _write(case: Case, prediction: Prediction, names: Mapping[str, Path]) -> None:
+    """Write all outputs of a case, the label last: where a label is, the maps are."""
+    values = {name: getattr(prediction, name) for name in names}
+    for path in names.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if case.kind == "h5":
+        _write_h5(names["label"], values, prediction.volume)
+        return
+    if "probability" in names and case.kind == "nifti":
+        _write_probability(names["probability"], prediction)
+    elif "probability" in names:
+        _write_h5(names["probability"], {"probability": prediction.probability}, prediction.volume)
+    if "uncertainty" in names:
+        write_map(names["uncertainty"], prediction.uncertainty, prediction.volume)
+    write_label(names["label"], prediction.label, prediction.volume)
+
+
+def _write_h5(path: Path, values: Mapping[str, Any], like: Volume) -> None:
+    import h5py  # noqa: PLC0415
+
+    buffer = io.BytesIO()  # HDF5 may notice a full disk only after it says that the file is closed
+    with h5py.File(buffer, "w") as file:
+        for name, value in values.items():
+            file.create_dataset(name, data=value, compression="gzip")
+        if like.spacing:
+            file.attrs["spacing"] = like.spacing
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def _write_probability(path: Path, prediction: Prediction) -> None:
+    """All classes as one 4-D image, classes last, with the scan's geometry."""
+    nibabel: Any = importlib.import_module("nibabel")  # untyped
+    array = np.ascontiguousarray(np.moveaxis(prediction.probability, 0, -1))
+    while array.ndim < 4:  # a 2-D scan: classes stay on the fourth axis
+        array = array[..., None, :]
+    header = prediction.volume.header.copy()
+    header.set_data_dtype(np.float32)
+    kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    image = kind(array, header.get_best_affine(), header)
+    with atomic(path) as temporary:
+        image.to_filename(temporary)
+
+
+# ---- which cases --------------------------------------------------------------------------------
+
+
+def cases_of(
+    inputs: Sequence[str | os.PathLike[str]], known: Mapping[str, Case] | None = None, channels: int = 1
+) -> list[Case]:
+    """Return the cases of files, folders and ids; none of them has a label.
+
+    A folder is a data set of a known layout (then all of its cases) or holds scans; files that end in
+    `_0000`, `_0001`, ... are the channels of one case. Words that are neither file nor folder are ids in
+    `known`. Raises CaseError naming everything that is not found, and ids that occur twice.
+    """
+    found: list[Case] = []
+    files: list[Path] = []
+    unknown: list[str] = []
+    for word in inputs:
+        path = Path(word)
+        if path.is_dir():
+            inside = _folder(path)
+            found += [one for one in inside if isinstance(one, Case)]
+            files += [one for one in inside if isinstance(one, Path)]
+        elif path.is_file():
+            files.append(path)
+        elif known is not None and str(word) in known:
+            found.append(known[str(word)])
+        else:
+            unknown.append(str(word))
+    found += _group_files(files, channels)
+    problems = [f"{word}: no such file or folder, and no case of the run's data" for word in unknown]
+    seen: dict[str, Case] = {}
+    for case in found:
+        if case.id in seen:
+            problems.append(
+                f"{case.id}: two inputs have this id: {seen[case.id].images[0]} and {case.images[0]}"
+            )
+        seen[case.id] = case
+    if problems:
+        raise CaseError("\n".join(["the inputs cannot be used:", *(f"  {p}" for p in problems)]))
+    return [replace(case, label=None) for case in seen.values()]
+
+
+def all_cases(found: CaseSet) -> dict[str, Case]:
+    """Return every case of a data set by its id: training pool, validation, test."""
+    return {case.id: case for case in (*found.cases, *found.validation, *found.test)}
+
+
+def split_of(run_dir: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Return the ids of a run by role, from its run.json; {} where it has none.
+
+    Raises CaseError if the file cannot be read.
+    """
+    place = Path(run_dir) / "run.json"
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CaseError(f"{place}: cannot be read: {error}") from error
+    found = content.get("split", {}) if isinstance(content, dict) else {}
+    return {str(role): [str(i) for i in ids] for role, ids in found.items() if isinstance(ids, list)}
+
+
+def run_cases(loaded: Any) -> dict[str, Case]:
+    """Return every case of the folder that a run was trained on, by id.
+
+    Raises CaseError if the folder is not there any more or has problems.
+    """
+    data = loaded.config.data
+    return all_cases(find_cases(data.root, data.layout))
+
+
+def role_cases(loaded: Any, role: str) -> list[Case]:
+    """Return the cases of a run with a role: labeled, unlabeled, validation or test.
+
+    The unlabeled ones come without their label, as in training. Raises CaseError if there are none of
+    that role, or some are not in the run's data any more.
+    """
+    ids = split_of(loaded.path).get(role, [])
+    if not ids:
+        raise CaseError(f"{loaded.path}: the run has no {role} cases: set data.{role} in training")
+    known = run_cases(loaded)
+    gone = [i for i in ids if i not in known]
+    if gone:
+        raise CaseError(
+            f"{loaded.config.data.root}: {role} cases of the run are gone: {', '.join(gone[:20])}"
+        )
+    found = [known[i] for i in ids]
+    return [replace(case, label=None) for case in found] if role == "unlabeled" else found
+
+
+def split_folder(loaded: Any, role: str, network: str) -> Path:
+    """Return where a run's predictions and scores of a role belong: RUN/role/checkpoint-network."""
+    return Path(loaded.path) / role / f"{loaded.checkpoint}-{network}"
+
+
+def predict_split(
+    loaded: Any,
+    role: str = "test",
+    network: str = "student",
+    settings: Settings = Settings(),
+    **options: Any,
+) -> tuple[Outcome, Path]:
+    """Predict the cases of a run's role into RUN/role/checkpoint-network/predictions.
+
+    `network` names the folder; `options` are those of `predict_cases`. Returns outcome and folder.
+    Raises as `role_cases` and `predict_cases` do.
+    """
+    place = split_folder(loaded, role, network) / "predictions"
+    return predict_cases(loaded, role_cases(loaded, role), place, settings, **options), place
+
+
+def _folder(path: Path) -> Sequence[Case | Path]:
+    """Cases of a data set, or the files of scans."""
+    try:
+        return list(all_cases(find_cases(path)).values())
+    except CaseError as error:
+        if error.problems:
+            raise
+    shown = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+    files = [p for p in shown if p.is_file() and kind_of(p)]
+    files += [p / "mri_norm2.h5" for p in shown if (p / "mri_norm2.h5").is_file()]
+    if not files:
+        raise CaseError(f"{path}: no scans here: expected a data set or files of {', '.join(SUFFIXES)}")
+    return files
+
+
+def kind_of(path: Path) -> str:
+    """Return "nifti", "h5" or "image" by a file's name, "" for others."""
+    kinds = {"nifti": NIFTI, "h5": H5, "image": PICTURES}
+    return next((kind for kind, known in kinds.items() if suffix_of(path, known)), "")
+
+
+def _group_files(files: Sequence[Path], channels: int) -> list[Case]:
+    """One case for each file, or for the channel files of one name."""
+    groups: dict[tuple[Path, str], dict[int, Path]] = {}
+    for path in files:
+        if not kind_of(path):
+            raise CaseError(f"{path}: expected a scan of {', '.join(SUFFIXES)}")
+        stem = path.parent.name if path.name == "mri_norm2.h5" else stem_of(path, SUFFIXES)
+        match = CHANNEL.match(stem)
+        if match and int(match["channel"]) < channels:
+            groups.setdefault((path.parent, match["id"]), {})[int(match["channel"])] = path
+        else:
+            groups.setdefault((path.parent, stem), {})[0] = path
+    cases = []
+    for (_, name), parts in groups.items():
+        images = tuple(parts[k] for k in sorted(parts))
+        cases.append(Case(name, images, None, kind_of(images[0]), "", channels))
+    return cases
+
+
+def load_run(
+    run_dir: str | os.PathLike[str], checkpoint: str = "auto", network: str = "student", device: str = "auto"
+) -> Any:
+    """Return the network of a run on a device, as `semisam.engine.checkpoint.load` does."""
+    from semisam.engine.checkpoint import load  # noqa: PLC0415
+
+    return load(run_dir, checkpoint, network, device_named(device))
