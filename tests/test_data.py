@@ -175,6 +175,12 @@ def test_channel_suffix_is_optional(tmp_path, suffix):
     assert split(found, DataConfig()).class_names == ("background", "foreground")
 
 
+def test_a_year_is_no_channel(tmp_path):
+    nifti(tmp_path / "imagesTr/scan_2017.nii.gz", scan())
+    nifti(tmp_path / "imagesTr/other_0000.nii.gz", scan())
+    assert ids(find_cases(tmp_path).cases) == ["other", "scan_2017"]
+
+
 def test_channels_of_nnunet_are_stacked_in_order(tmp_path):
     for i in (1, 0):
         nifti(tmp_path / "imagesTr" / f"a_{i:04d}.nii.gz", scan(seed=i))

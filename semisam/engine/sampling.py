@@ -301,7 +301,10 @@ def crop(
     pads = [max((p - n) // 2 + 3, 0) if short else 0 for n, p in zip(shape, size, strict=True)]
     starts = [int(random.integers(n + 2 * q - p)) - q for n, p, q in zip(shape, size, pads, strict=True)]
     ends = [s + p for s, p in zip(starts, size, strict=True)]
-    inside = tuple(slice(max(s, 0), min(e, n)) for s, e, n in zip(starts, ends, shape, strict=True))
+    # What of the window lies inside; a small patch may miss the image altogether.
+    inside = tuple(
+        slice(max(s, 0), max(min(e, n), s, 0)) for s, e, n in zip(starts, ends, shape, strict=True)
+    )
     place = tuple(slice(i.start - s, i.stop - s) for i, s in zip(inside, starts, strict=True))
     patch = np.zeros((len(image), *size), image.dtype)
     for filled, channel in zip(patch, image, strict=True):
