@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,7 @@ def configure_for(
     if data is None and not (root / "dataset.json").is_file():
         phantom.write_phantoms(root, seed=0, **PHANTOMS)
     found = cases.find_cases(root)
-    chosen["data.root"] = str(root)
+    chosen["data.root"] = str(root.resolve())
     labeled = sum(case.labeled for case in found.cases)
     if not found.test:
         chosen["data.test"] = max(1, labeled // 4)
@@ -259,11 +260,10 @@ def _watch(tasks: Sequence[Task], left: Sequence[Task], jobs: int, logs: Path) -
             yield seen
 
     if jobs == 1:
-        yield from news()
-        for task in left:
-            run(task)
-            _tell(task)
-            yield from news()
+        with _one_thread():
+            for task in left:
+                run(task)
+                _tell(task)
         return
     with _Workers(left, jobs, logs) as workers:
         while workers.busy():
@@ -373,15 +373,26 @@ def _why_not(work: Callable[[], None]) -> str | None:
     return None
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch, as workers have: the same results for every number of workers."""
+    import torch  # noqa: PLC0415
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def steps_for(config: Config, minutes: float, draws: int, jobs: int) -> int:
     """Return how many steps make all runs take about `minutes` together, from three passes done here."""
     import torch  # noqa: PLC0415
 
     from semisam import specialists  # noqa: PLC0415
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _one_thread():
         channels = 1
         network = specialists.build(
             config.specialist.name, in_channels=channels, num_classes=2, **config.specialist.options
@@ -392,8 +403,6 @@ def steps_for(config: Config, minutes: float, draws: int, jobs: int) -> int:
         for _ in range(3):
             network(batch).sum().backward()
         each = (time.perf_counter() - began) / 3
-    finally:
-        torch.set_num_threads(before)
     per_step = each * draws * sum(COST.values()) / jobs
     steps = 0.7 * 60 * minutes / per_step  # the rest: start, gate, test
     return int(np.clip(10 * math.floor(steps / 10), 20, 20_000))
