@@ -581,7 +581,7 @@ def _check(
     spacings: dict[str, tuple[float, ...] | None] = {}
     seen: set[int] = set()
     predicted: dict[str, set[int]] = {}
-    for pair in progress(pairs, label="check", show=show):
+    for pair in progress(pairs, label="check", show=show and bool(pairs)):
         try:
             prediction, truth = read(pair.prediction), read(pair.truth, truth=True)
         except ValueError as error:

@@ -8,13 +8,14 @@ Only the network is used here: no generalist and no prompt. The steps of a case 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from semisam.engine.files import atomic
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress as reported
 from semisam.engine.progress import say
+from semisam.engine.record import sha256
 from semisam.engine.scans import H5, NIFTI, PICTURES, stem_of, suffix_of
 
 __all__ = [
@@ -142,8 +144,7 @@ def sliding_window(
             )
         return logits.float().softmax(1)
 
-    # MONAI takes int(patch (1 - overlap)) as stride: half a voxel more than asked survives rounding.
-    overlap = [0.0 if s == p else 1 - (s + 0.5) / p for p, s in zip(patch, strides, strict=True)]
+    overlap = [_overlap(p, s) for p, s in zip(patch, strides, strict=True)]
     try:
         with _evaluation(network, dropout), torch.no_grad():
             result: Any = sliding_window_inference(
@@ -180,6 +181,11 @@ def _strides(patch: tuple[int, ...], stride: Sequence[int] | int | None) -> tupl
             f"got {stride}"
         )
     return strides
+
+
+def _overlap(patch: int, stride: int) -> float:
+    """MONAI takes int(patch (1 - overlap)) as stride: half a voxel more than asked survives rounding."""
+    return 0.0 if stride == patch else 1 - (stride + 0.5) / patch
 
 
 def _device_of(network: Any) -> Any:
@@ -325,8 +331,7 @@ def predict_case(
     import torch  # noqa: PLC0415
 
     network, config, meta = loaded.network, loaded.config, loaded.meta
-    if settings.mc and not _dropouts(network):
-        raise ValueError("mc: the network has no dropout layer: every pass would be the same; leave mc out")
+    _check_settings(loaded, settings)
     volume = read_image(replace(case, label=None, channels=int(meta["channels"])))
     _check_axes(case, volume, int(meta["spatial_dims"]))
     # The slices of a stack come first in h5 files, last in NIfTI files.
@@ -363,6 +368,12 @@ def predict_case(
     return Prediction(label, probability, uncertainty, volume)
 
 
+def _check_settings(loaded: Any, settings: Settings) -> None:
+    _strides(tuple(loaded.config.train.patch_size), settings.stride)
+    if settings.mc and not _dropouts(loaded.network):
+        raise ValueError("mc: the network has no dropout layer: every pass would be the same; leave mc out")
+
+
 def _axis_first(volume: Volume, axis: int) -> Volume:
     """The scan with one of its axes moved to the front."""
     if axis == 0:
@@ -394,13 +405,14 @@ class Outcome:
 
     written: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)  # skipped, but not made by this network and settings
     failed: dict[str, str] = field(default_factory=dict)
 
     def report(self) -> str:
         """Return the counts, and a line for every case that failed.
 
         >>> from semisam.engine.inference import Outcome
-        >>> print(Outcome(["a", "b"], [], {"c": "cannot be read"}).report())
+        >>> print(Outcome(["a", "b"], failed={"c": "cannot be read"}).report())
         2 predicted, 1 failed:
           c: cannot be read
         """
@@ -408,6 +420,11 @@ class Outcome:
         if self.skipped:
             parts.append(
                 f"{len(self.skipped)} skipped, as their files are there (--overwrite predicts them again)"
+            )
+        if self.foreign:
+            parts.append(
+                f"{len(self.foreign)} left as they are, though another network, other settings or a person "
+                "made them (--overwrite predicts them again)"
             )
         if self.failed:
             parts.append(f"{len(self.failed)} failed:")
@@ -428,6 +445,8 @@ def predict_cases(
     *,
     probability: bool = False,
     overwrite: bool = False,
+    renew: bool = False,
+    redo: Collection[str] = (),
     each: Callable[[Case, Prediction], None] | None = None,
     label_folder: str = "",
 ) -> Outcome:
@@ -440,27 +459,94 @@ def predict_cases(
     `label_folder` in `out`. Cases whose files are all there are skipped unless `overwrite`. `each` is
     called with every prediction after its files were written.
 
-    Raises OSError if nothing can be written (disk full): what was written before is whole, and the same
-    command goes on from there.
+    `predictions.jsonl` in `out` has a line for every case with the network and settings behind it. Labels
+    that something else made (another network, a person's corrections) are left as they are, too, and
+    counted in the outcome; with `renew` they are predicted again. `redo` are ids not to skip.
+
+    Raises ValueError for settings that do not fit the network, and OSError if nothing can be written
+    (disk full): what was written before is whole, and the same command goes on from there.
     """
+    _check_settings(loaded, settings)
     place = Path(out)
     outcome = Outcome()
+    maker = _maker(loaded, settings)
+    made = _makers(place)
     for case in reported(cases, label="predict"):
         names = _outputs(case, place, label_folder, probability, settings.uncertainty)
-        if not overwrite and all(path.is_file() for path in names.values()) and _complete(case, names):
+        label = names["label"]
+        mine = label.is_file() and _same(made.get(case.id), {**maker, "sha256": sha256(label)})
+        if mine and not overwrite and case.id not in redo and _there(case, names):
             outcome.skipped.append(case.id)
             continue
+        if label.is_file() and not (mine or overwrite or renew):
+            outcome.foreign.append(case.id)
+            continue
         try:
-            prediction = predict_case(loaded, case, settings, progress=True)
+            prediction = predict_case(loaded, case, settings, progress=len(cases) == 1)
         except (CaseError, ValueError, RuntimeError, MemoryError) as error:
             outcome.failed[case.id] = " ".join(str(error).split()) or type(error).__name__
             say(f"failed: {reason_of(case.id, outcome.failed[case.id])}")
             continue
         _write(case, prediction, names)
+        _append(place / RECORD, {"case": case.id, "sha256": sha256(label), **maker})
         outcome.written.append(case.id)
         if each is not None:
             each(case, prediction)
     return outcome
+
+
+RECORD = "predictions.jsonl"
+
+
+def _append(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line; one that a kill has cut stays a line of its own."""
+    with path.open("a+b") as file:
+        file.seek(max(file.tell() - 1, 0))
+        cut = file.read(1) not in (b"", b"\n")
+        file.write((b"\n" if cut else b"") + json.dumps(entry).encode() + b"\n")
+
+
+def _maker(loaded: Any, settings: Settings) -> dict[str, Any]:
+    """What decides about a prediction, and where it came from."""
+    digest = hashlib.sha256()
+    for name, tensor in loaded.network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().numpy().tobytes())
+    data, train = loaded.config.data, loaded.config.train
+    doubt = {"mc": settings.mc, "seed": settings.seed} if settings.uncertainty else None
+    made: dict[str, Any] = {
+        "weights": digest.hexdigest(),
+        "patch_size": list(train.patch_size),
+        "stride": list(_strides(tuple(train.patch_size), settings.stride)),
+        "spacing": data.spacing,
+        "normalize": data.normalize,
+        "largest_component": settings.largest_component,
+        "uncertainty": doubt,
+    }
+    origin = {"run": str(Path(loaded.path).resolve()), "checkpoint": loaded.checkpoint, "step": loaded.step}
+    return {**made, **origin}
+
+
+def _same(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> bool:
+    """Whether two predictions of a case would be equal, maps that only one of them has left out."""
+    if old is None:
+        return False
+    keys = ["sha256", "weights", "patch_size", "stride", "spacing", "normalize", "largest_component"]
+    keys += ["uncertainty"] if old.get("uncertainty") and new["uncertainty"] else []
+    return all(old.get(key) == new[key] for key in keys)
+
+
+def _makers(out: Path) -> dict[str, dict[str, Any]]:
+    """The last line of every case in the record; a line that was cut by a kill is no line."""
+    found: dict[str, dict[str, Any]] = {}
+    if (out / RECORD).is_file():
+        for line in (out / RECORD).read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                found[str(entry["case"])] = entry
+            except (ValueError, KeyError, TypeError):
+                continue
+    return found
 
 
 def _outputs(case: Case, out: Path, label: str, probability: bool, uncertainty: bool) -> dict[str, Path]:
@@ -476,8 +562,10 @@ def _outputs(case: Case, out: Path, label: str, probability: bool, uncertainty: 
     return names
 
 
-def _complete(case: Case, names: Mapping[str, Path]) -> bool:
-    """Whether an h5 file has all keys."""
+def _there(case: Case, names: Mapping[str, Path]) -> bool:
+    """Whether all outputs of a case are there; those of h5 files are keys."""
+    if not all(path.is_file() for path in names.values()):
+        return False
     if case.kind != "h5":
         return True
     import h5py  # noqa: PLC0415
@@ -635,11 +723,12 @@ def predict_split(
 ) -> tuple[Outcome, Path]:
     """Predict the cases of a run's role into RUN/role/checkpoint-network/predictions.
 
-    `network` names the folder; `options` are those of `predict_cases`. Returns outcome and folder.
+    `network` names the folder; `options` are those of `predict_cases`. Predictions that an earlier state
+    of the network made are made again. Returns outcome and folder.
     Raises as `role_cases` and `predict_cases` do.
     """
     place = split_folder(loaded, role, network) / "predictions"
-    return predict_cases(loaded, role_cases(loaded, role), place, settings, **options), place
+    return predict_cases(loaded, role_cases(loaded, role), place, settings, renew=True, **options), place
 
 
 def _folder(path: Path) -> Sequence[Case | Path]:

@@ -108,8 +108,8 @@ def pseudo_label(
     uncertainty of the file in `pseudo`), `ranking.csv` (empty predictions first, then by falling
     mean_uncertainty) and, for NIfTI scans with one file per channel, `dataset.json`, with which the folder
     is an nnU-Net (v2) data set. With `teacher` (another `Loaded`) the ranking has the Dice between both
-    networks' labels. A case with files and a row in ranking.csv is skipped unless `overwrite`; the
-    ranking is written after every case.
+    networks' labels. A case with files and a row in ranking.csv is skipped unless `overwrite`, and labels
+    that a person has corrected are left as they are; the ranking is written after every case.
 
     Raises OSError if nothing can be written.
     """
@@ -130,20 +130,10 @@ def pseudo_label(
         rows[case.id] = row
         write_text(place / "ranking.csv", _csv(_ranked(rows)))
 
-    outcome = Outcome()
-    done = [case for case in cases if case.id in rows]
-    parts = [(done, False), ([case for case in cases if case.id not in rows], True)]
-    for some, again in parts:
-        if some:
-            part = predict_cases(
-                *(student, some, place, chosen),
-                overwrite=again or overwrite,
-                each=add,
-                label_folder="pseudo",
-            )
-            outcome.written += part.written
-            outcome.skipped += part.skipped
-            outcome.failed |= part.failed
+    new = [case.id for case in cases if case.id not in rows]
+    outcome = predict_cases(
+        student, cases, place, chosen, overwrite=overwrite, redo=new, each=add, label_folder="pseudo"
+    )
     ranked = _ranked(rows)
     write_text(place / "ranking.csv", _csv(ranked))
     made = [case for case in cases if case.id in rows]
