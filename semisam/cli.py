@@ -18,10 +18,10 @@ COMMANDS: dict[str, str] = {
     "check": "list every broken, missing or mismatched case of a folder",
     "convert": "copy a folder into another layout: nnunet, h5 or images",
     "train": "train a specialist on labeled and unlabeled scans",
-    "doctor": "show build, backends, threads and versions, and why something is missing",
     "predict": "segment scans with the network of a run",
     "evaluate": "measure predictions against the truth, per case and class",
     "pseudo-label": "label unlabeled scans, the most doubtful first for review",
+    "doctor": "show build, backends, threads and versions, and why something is missing",
 }
 
 

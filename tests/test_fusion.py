@@ -380,6 +380,21 @@ def test_source_weights():
     assert not np.any(source_weights([0.05, 0.0], [4, 4]))
 
 
+def test_source_weights_of_other_rounds():
+    """The published choice: the last round is the label, all rounds are the doubt; per sample, too."""
+    r_lab, r_unc = source_weights([0.8, 0.4], [[4, 2], [1, 0]], teacher=False, label="last", doubt="all")
+    assert r_lab[:, 0].tolist() == pytest.approx([0, 0, 0, 0.8, 0.2])
+    assert r_unc[:, 0].tolist() == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.2])
+    assert r_lab[:, 1].tolist() == [0, 1, 0, 0, 0]
+    assert r_unc[:, 1].tolist() == [0.5, 0.5, 0, 0, 0]
+    _, doubt = source_weights([0.5], [4], label="all", doubt="late", b=0.2)
+    assert doubt.tolist() == pytest.approx([0, 0, 0.4, 0.4, 0.2])
+    late = source_weights([0.5, 0.7], [5, 3])
+    assert np.array_equal(late, source_weights([0.5, 0.7], [5, 3], label="late", doubt="late"))
+    with pytest.raises(ValueError, match="label: expected one of late, last, all, got 'first'"):
+        source_weights([0.5], [4], label="first")
+
+
 def test_source_weights_per_sample_feed_fuse(rng):
     # The second sample has fewer rounds, the third none at all.
     r_lab, r_unc = source_weights(Reliability(1), [[4, 2, 0]])

@@ -562,6 +562,22 @@ def test_click_seeds_box(rng):
     assert seeds[39, 49] == 2
 
 
+def test_no_clicks_at_all(rng):
+    """K = 0 is a list of clicks, too: an empty one."""
+    image = rng.standard_normal((2, 9, 11)).astype(np.float32)
+    points, labels = np.zeros((2, 3, 0, 2), np.int64), np.zeros((2, 3, 0), np.int32)
+    seeds, prior = click_seeds(image, points, labels, spatial_dims=2)
+    assert seeds.shape == (2, 3, 9, 11)
+    assert not seeds.any()
+    assert (prior == 0.5).all()
+    mask = np.broadcast_to(image[:, None] > 0, (2, 3, 9, 11))
+    plain = mask_seeds(image, mask, spatial_dims=2)
+    for a, b in zip(
+        plain, mask_seeds(image, mask, points=points, labels=labels, spatial_dims=2), strict=True
+    ):
+        assert np.array_equal(a, b)
+
+
 def test_clicks_bad_input():
     image, points, labels = np.zeros((9, 9)), np.array([[1, 1], [2, 9]]), np.array([1, 0])
     with pytest.raises(

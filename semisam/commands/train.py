@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, as train.lr=0.02")
     add("--resume", action="store_true", help="continue RUN from its last checkpoint")
     add("--quick-check", action="store_true", help="run 4 steps of everything and write nothing to RUN")
-    add("--method", metavar="NAME", help="see below; default semisam-mean-teacher")
+    add("--method", metavar="NAME", help="see above; default semisam-mean-teacher")
     for name, what in (
         ("labeled", "cases that may show their label"),
         ("unlabeled", "cases whose label is never opened"),

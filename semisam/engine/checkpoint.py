@@ -30,6 +30,12 @@ class Loaded:
 
     `meta` has class_names, spatial_dims, channels, num_classes, spacing and the best validation so far;
     `step` is the number of training steps behind the weights.
+
+    >>> import torch
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config
+    >>> Loaded(torch.nn.Conv3d(1, 2, 1), Config(), {"num_classes": 2}, 6000, "best", None).step
+    6000
     """
 
     network: nn.Module
@@ -70,6 +76,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return a checkpoint's content on the CPU; only tensors and plain values are unpickled.
 
     Raises CheckpointError if there is none, it is damaged, or of another format.
+
+    >>> from semisam.engine import checkpoint
+    >>> checkpoint.read("nowhere/last.ckpt")
+    Traceback (most recent call last):
+    semisam.engine.checkpoint.CheckpointError: nowhere/last.ckpt: there is no such checkpoint
     """
     path = Path(path)
     try:
@@ -77,7 +88,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
     except Exception as error:  # damaged files fail in many ways
-        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(
+            f"{path}: cannot be read: {[*str(error).splitlines(), type(error).__name__][0]}"
+        ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
@@ -85,7 +98,13 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def network_of(config: Config, meta: dict[str, Any]) -> nn.Module:
-    """Return the specialist that a configuration describes, for the data that `meta` describes."""
+    """Return the specialist that a configuration describes, for the data that `meta` describes.
+
+    >>> from semisam.engine import checkpoint, config
+    >>> made = config.load(settings=[("specialist.options", {"channels": [4, 8]})])
+    >>> type(checkpoint.network_of(made, {"channels": 1, "num_classes": 3})).__name__
+    'UNet3d'
+    """
     return specialists.build(
         config.specialist.name,
         in_channels=meta["channels"],
@@ -105,6 +124,12 @@ def load(
     `checkpoint`: "best" (by validation Dice), "last", or "auto": best if there is one. `network`:
     "student" or "teacher". Raises CheckpointError if the run has no such checkpoint or network and
     ValueError for other words.
+
+    >>> import tempfile
+    >>> from semisam.engine import checkpoint
+    >>> checkpoint.load(tempfile.gettempdir(), "last")
+    Traceback (most recent call last):
+    semisam.engine.checkpoint.CheckpointError: ...: expected the folder of a training run, got one ...
     """
     run = Path(run_dir)
     for argument, value, choices in (

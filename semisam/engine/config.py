@@ -284,7 +284,8 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     """The value as the type that the field has, or an error; numbers may be written as text (1e-4)."""
     made = _as(value, hint)
     if made is _NO:
-        quoted = "; put it in quotes" if "text" in _words(hint) and not isinstance(value, dict) else ""
+        texts = any(word in _words(hint) for word in ("text", "names"))
+        quoted = "; put names in quotes" if texts and not isinstance(value, dict) else ""
         raise ConfigError(f"{key}: expected {_words(hint)}, got {value!r}{quoted}")
     return made
 

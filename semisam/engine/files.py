@@ -100,10 +100,11 @@ class Table:
                 writer.writerows(rows)
 
     def add(self, **row: Any) -> None:
-        """Append one row, in one write."""
+        """Append one row, in one write; floats with 8 digits."""
         if set(row) - set(self.columns):
             raise ValueError(f"Table.add(): expected the columns {self.columns}, got {sorted(row)}")
         if self.write:
+            row = {name: f"{v:.8g}" if isinstance(v, float) else v for name, v in row.items()}
             text = io.StringIO()
             csv.DictWriter(text, self.columns, lineterminator="\n").writerow(row)
             with self.path.open("a", newline="", encoding="utf-8") as file:

@@ -35,7 +35,14 @@ MOST_CASES = 8
 
 @dataclass
 class HeldOut:
-    """A labeled scan as the network sees it, and the prediction of a network that did not see it."""
+    """A labeled scan as the network sees it, and the prediction of a network that did not see it.
+
+    >>> import numpy as np
+    >>> from semisam.engine.gate import HeldOut
+    >>> image, half = np.zeros((1, 8, 8), np.float32), np.full((2, 8, 8), 0.5, np.float32)
+    >>> HeldOut(image, half, np.zeros((8, 8), np.uint8), None, "scan_01").case
+    'scan_01'
+    """
 
     image: Any  # [channels, *S] float32
     probability: Any  # [C, *S] float32
@@ -66,6 +73,19 @@ def held_out(
 
     All ranks of `fabric` train the short runs together. `tick` is called after every step and may raise
     to stop. Raises what training raises.
+
+    >>> import tempfile
+    >>> from semisam.engine import cases, config, gate, stepper
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> from semisam.engine.preprocess import Preprocessing
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=2, unlabeled=0, test=0, shape=(16, 16, 16))
+    >>> made = config.load(settings=[("train.patch_size", [16, 16, 16]), ("term.gate_steps", 1),
+    ...                              ("specialist.options", {"channels": [4, 8]}), ("train.device", "cpu")])
+    >>> split = cases.split(cases.find_cases(root), made.data)
+    >>> meta = {"channels": 1, "num_classes": 2}
+    >>> scans = gate.held_out(made, split, Preprocessing(), meta, stepper.fabric_for(made.train))
+    >>> [scan.probability.shape for scan in scans]
+    [(2, 16, 16, 16), (2, 16, 16, 16)]
     """
     patients: dict[str, list[Case]] = {}
     for case in split.labeled:
@@ -136,7 +156,7 @@ def disturbed(image: Any, label: Any, random: np.random.Generator, *, rotate: bo
     >>> from semisam.engine.gate import disturbed
     >>> image = np.random.default_rng(0).random((1, 12, 12, 12), np.float32)
     >>> copy, label = disturbed(image, np.ones((12, 12, 12), np.uint8), np.random.default_rng(1))
-    >>> copy.shape, str(copy.dtype), abs(copy.mean() - image.mean()) < 1e-5
+    >>> copy.shape, str(copy.dtype), bool(abs(copy.mean() - image.mean()) < 1e-5)
     ((1, 12, 12, 12), 'float32', True)
     """
     from scipy import ndimage  # noqa: PLC0415

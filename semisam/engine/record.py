@@ -56,6 +56,14 @@ def digests(split: Any) -> dict[str, str]:
 
     Of an h5 file the arrays count by themselves (`file.h5:image`), so that the label that lies beside
     an unlabeled image is not read here either.
+
+    >>> import tempfile
+    >>> from semisam.engine import cases, config, record
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=1, test=0, shape=(16, 16, 16))
+    >>> split = cases.split(cases.find_cases(root), config.DataConfig())
+    >>> len(record.digests(split))  # two images and one label
+    3
     """
     found: dict[str, str] = {}
     for role in ("labeled", "unlabeled", "validation", "test"):
@@ -82,6 +90,19 @@ def write_sample(path: Path, last: Any, images: Any, logits: Any) -> None:
     `last` is `SemiSAMTerm.last`, `images` [B, channels, *S] and `logits` [B, C, *S] of the student. The file
     has image [channels, *S], target ([C, *S] or labels [*S]), weight, uncertainty and prediction [*S], and
     clicks [n, axes + 1]: array indices and 1 (positive) or 0.
+
+    >>> import pathlib, tempfile, torch
+    >>> from semisam.engine import record
+    >>> from semisam.term import SemiSAMTerm
+    >>> term = SemiSAMTerm(total_steps=100)
+    >>> image = torch.zeros(1, 1, 24, 24)
+    >>> image[..., 6:18, 6:18] = 1
+    >>> logits = 4 * torch.stack([-image[:, 0], image[:, 0]], 1)
+    >>> _ = term(image, logits, step=50)
+    >>> place = pathlib.Path(tempfile.mkdtemp()) / "step_000050.npz"
+    >>> record.write_sample(place, term.last, image, logits)
+    >>> sorted(np.load(place).files)
+    ['clicks', 'image', 'prediction', 'target', 'uncertainty', 'weight']
     """
     n = len(images) // 2
     clicks = []

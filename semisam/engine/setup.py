@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from semisam import specialists
 from semisam.engine.config import Config, ConfigError, differences
 from semisam.engine.config import load as load_config
 
-__all__ = ["TrainingError", "build_term", "check_folder", "check_patch"]
+__all__ = ["TrainingError", "build_term", "check_data", "check_folder", "check_patch"]
 
 MAY_CHANGE = {
     *("data.root", "data.workers", "data.cache", "train.device"),
@@ -24,7 +25,12 @@ class TrainingError(RuntimeError):
 
 
 def build_term(config: Config) -> Any:
-    """Return the generalists' term of a configuration; ConfigError names the setting that does not fit."""
+    """Return the generalists' term of a configuration; ConfigError names the setting that does not fit.
+
+    >>> from semisam.engine import config, setup
+    >>> setup.build_term(config.load(settings=[("term.options.lam_sam", 1.0)])).settings["lam_sam"]
+    1.0
+    """
     from semisam import generalists  # noqa: PLC0415
     from semisam.term import SemiSAMTerm  # noqa: PLC0415
 
@@ -52,7 +58,17 @@ def build_term(config: Config) -> Any:
 
 
 def check_folder(out: Path, config: Config, resume: bool) -> None:
-    """Refuse to write over a run, and to continue one with other settings."""
+    """Refuse to write over a run, and to continue one with other settings: TrainingError.
+
+    >>> import pathlib, tempfile
+    >>> from semisam.engine import config, setup
+    >>> out = pathlib.Path(tempfile.mkdtemp())
+    >>> setup.check_folder(out, config.Config(), resume=False)  # empty
+    >>> _ = (out / "notes.txt").write_text("mine")
+    >>> setup.check_folder(out, config.Config(), resume=False)
+    Traceback (most recent call last):
+    semisam.engine.setup.TrainingError: ...: exists and is not empty: continue it with --resume, or ...
+    """
     saved = out / "config.yaml"
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -71,8 +87,42 @@ def check_folder(out: Path, config: Config, resume: bool) -> None:
         raise TrainingError(f"{out}: there is a checkpoint, but no config.yaml to compare the settings with")
 
 
+def check_data(out: Path, digests: dict[str, str]) -> None:
+    """Refuse to continue a run on other data than it began with (TrainingError); files may have moved.
+
+    >>> import pathlib, tempfile
+    >>> from semisam.engine import setup
+    >>> from semisam.engine.files import write_json
+    >>> out = pathlib.Path(tempfile.mkdtemp())
+    >>> write_json(out / "run.json", {"sha256": {"old/imagesTr/a.nii.gz": "c0ffee"}})
+    >>> setup.check_data(out, {"new/imagesTr/a.nii.gz": "c0ffee"})
+    >>> setup.check_data(out, {"new/imagesTr/a.nii.gz": "decaf"})
+    Traceback (most recent call last):
+    semisam.engine.setup.TrainingError: ...; these changed: new/imagesTr/a.nii.gz
+    """
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    began = {_end(path): digest for path, digest in run["sha256"].items()}
+    changed = [path for path, digest in digests.items() if began.get(_end(path)) != digest]
+    if changed or len(digests) != len(began):
+        which = ", ".join(changed[:3]) or "there are fewer files"
+        raise TrainingError(f"{out}: a run continues on the data it began with; these changed: {which}")
+
+
+def _end(path: str) -> str:
+    return "/".join(Path(path).parts[-2:])
+
+
 def check_patch(config: Config, network: Any, spatial_dims: int) -> None:
-    """Raise ConfigError for a patch that the network cannot take, with the sizes that it can."""
+    """Raise ConfigError for a patch that the network cannot take, with the sizes that it can.
+
+    >>> from semisam.engine import config, setup
+    >>> from semisam.specialists import UNet3d
+    >>> made = config.load(settings=[("train.patch_size", [32, 40, 32])])
+    >>> setup.check_patch(made, UNet3d(channels=(4, 8, 16)), 3)
+    >>> setup.check_patch(made, UNet3d(), 3)
+    Traceback (most recent call last):
+    semisam.engine.config.ConfigError: train.patch_size: ... these fit: [32, 32, 32] or [32, 48, 32]
+    """
     patch = config.train.patch_size
     if len(patch) != spatial_dims:
         raise ConfigError(

@@ -79,6 +79,17 @@ class Stepper:
 
     The network is set up for the fabric's device, precision and ranks. All of torch's randomness in a
     step (dropout) is a function of (seed, step, rank), so that a resumed run continues with the same bits.
+
+    >>> import torch
+    >>> from semisam import methods
+    >>> from semisam.engine.config import MethodConfig, TrainConfig
+    >>> from semisam.engine.stepper import Stepper, fabric_for
+    >>> train = TrainConfig(device="cpu")
+    >>> student = torch.nn.Conv2d(1, 2, 1)
+    >>> method = methods.build(MethodConfig("supervised"), student, num_classes=2, total_steps=10)
+    >>> batch = methods.Batch(torch.rand(1, 1, 8, 8), torch.ones(1, 8, 8, dtype=torch.uint8), (0,))
+    >>> sorted(Stepper(fabric_for(train), train, method, 10).step(0, [batch]))
+    ['ce', 'dice', 'loss', 'lr']
     """
 
     def __init__(self, fabric: Any, train: TrainConfig, method: Method, total_steps: int) -> None:

@@ -31,7 +31,7 @@ from semisam.engine.files import Table, write_json, write_text
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress, say
 from semisam.engine.sampling import PatchSource
-from semisam.engine.setup import TrainingError, build_term, check_folder, check_patch
+from semisam.engine.setup import TrainingError, build_term, check_data, check_folder, check_patch
 from semisam.engine.stepper import NotFinite, Stepper, fabric_for
 
 __all__ = ["CheckpointError", "Interrupted", "Loaded", "Run", "TrainingError", "load", "train"]
@@ -41,7 +41,12 @@ SAMPLES = 6
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM (`number`) arrived; last.ckpt was saved."""
+    """SIGINT or SIGTERM (`number`) arrived; last.ckpt was saved.
+
+    >>> from semisam.engine.trainer import Interrupted
+    >>> print(Interrupted(15, 200))
+    stopped by SIGTERM after step 200
+    """
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
@@ -50,7 +55,13 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Run:
-    """What a training left behind: the folder, steps done, and step and Dice of the best checkpoint."""
+    """What a training left behind: the folder, steps done, and step and Dice of the best checkpoint.
+
+    >>> from pathlib import Path
+    >>> from semisam.engine.trainer import Run
+    >>> Run(Path("runs/first"), 6000, {"step": 5800, "dice": 0.86}, 3600.0).best["dice"]
+    0.86
+    """
 
     out: Path
     steps: int
@@ -77,6 +88,19 @@ def train(
 
     Raises ConfigError for settings, CaseError for data, TrainingError for the rest that a user can mend (run
     folder, memory, numbers that are not finite), CheckpointError if a checkpoint cannot be written or read.
+
+    >>> import pathlib, tempfile
+    >>> from semisam.engine import config, trainer
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> root = write_phantoms(folder / "data", labeled=1, unlabeled=1, test=0, shape=(16, 16, 16))
+    >>> made = config.load(settings=[
+    ...     ("data.root", str(root)), ("method.name", "mean-teacher"), ("train.steps", 2),
+    ...     ("train.patch_size", [16, 16, 16]), ("specialist.options", {"channels": [4, 8]})])
+    >>> trainer.train(made, folder / "run").steps
+    2
+    >>> type(trainer.load(folder / "run").network).__name__
+    'UNet3d'
     """
     check(config)
     before = torch.are_deterministic_algorithms_enabled()
@@ -92,6 +116,13 @@ def train(
             f"the GPU's memory does not suffice: lower train.batch_size (now {t.batch_size}), "
             f"train.patch_size (now {t.patch_size}) or train.precision (now {t.precision}; bf16 and fp16 "
             f"take half); train.accumulate makes up for a smaller batch ({str(error).splitlines()[0]})"
+        ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a data worker died, most often for lack of memory: lower data.workers (now "
+            f"{config.data.workers}; 0 needs none) and continue with --resume ({error})"
         ) from error
     finally:
         torch.use_deterministic_algorithms(before)
@@ -166,7 +197,7 @@ class _Training:
         batches = self.source.loader(self.done * train.accumulate)
         steps = range(self.done, total)
         for step in progress(steps, total, "training", initial=self.done, show=self.first):
-            batch = [self._next(batches) for _ in range(train.accumulate)]
+            batch = [next(batches) for _ in range(train.accumulate)]
             try:
                 values = self.stepper.step(step, batch)
             except NotFinite as error:
@@ -188,12 +219,6 @@ class _Training:
 
     def _due(self, every: int) -> bool:
         return self.done % every == 0 or self.done == self.config.train.steps
-
-    def _next(self, batches: Iterator[Any]) -> Any:
-        try:
-            return next(batches)
-        except RuntimeError as error:  # a worker died; the loader says which and what to do
-            raise TrainingError(str(error)) from error
 
     def _stop_if_asked(self) -> None:
         number = self.received[0] if self.received else 0
@@ -233,6 +258,8 @@ class _Training:
     def _open_folder(self, command: Sequence[str] | None) -> None:
         self.tables: dict[str, Table] = {}
         self.digests = record.digests(self.split) if self.first else {}
+        if self.first and (self.out / "run.json").exists():
+            check_data(self.out, self.digests)
         self.command = list(command or [])
         self.board: Any = None
         if self.first:
@@ -243,7 +270,8 @@ class _Training:
                 from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
                 self.board = SummaryWriter(str(self.out / "tensorboard"))
-            self._record(finished=False)
+            if not (self.out / "run.json").exists():
+                self._record(finished=False)
 
     def _record(self, *, finished: bool) -> None:
         weights = self.config.specialist.weights
@@ -288,6 +316,7 @@ class _Training:
         self.done, self.meta = state["step"], state["meta"]
         if self.first:
             say(f"{self.out}: continues after step {self.done} of {self.config.train.steps}")
+            self._record(finished=False)
 
     def _open_tables(self) -> None:
         classes = ("step", "candidate", "class", "dice", "chosen")
@@ -328,7 +357,7 @@ class _Training:
         if self.done == 1 or self._due(self.config.train.log_every):
             row = {**values, "seconds": round(self.meta["seconds"], 3)}
             if self.term is not None:
-                row |= {name: self.term.diagnostics[name.removeprefix("term_")] for name in DIAGNOSTICS}
+                row |= {name: self.term.diagnostics.get(name.removeprefix("term_")) for name in DIAGNOSTICS}
             self.tables["log"].add(step=self.done, **row)
             if self.board is not None:
                 for name, value in row.items():
@@ -363,7 +392,7 @@ class _Training:
             for i, case in enumerate(cases):
                 for c, value in enumerate(dice[k, i].tolist(), 1):
                     row = {"network": name, "case": case.id, "class": self.meta["class_names"][c]}
-                    self.tables["validation"].add(step=self.done, **row, dice=round(value, 6))
+                    self.tables["validation"].add(step=self.done, **row, dice=value)
         means = dict(zip(networks, dice.mean((1, 2)).tolist(), strict=True))
         chosen = next(n for n, network in networks.items() if network is self.method.evaluation_network())
         if self.first:
@@ -415,7 +444,7 @@ class _Training:
         for candidate, values in found["per_class"].items():
             chosen = int(candidate in found["choice"].values())
             for name, value in zip(names, values, strict=True):
-                row = {"candidate": candidate, "class": name, "dice": round(value, 6), "chosen": chosen}
+                row = {"candidate": candidate, "class": name, "dice": value, "chosen": chosen}
                 self.tables["gate"].add(step=self.done, **row)
 
     def _share_term(self) -> None:

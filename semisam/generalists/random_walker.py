@@ -110,9 +110,9 @@ class RandomWalker:
             raise ValueError(f"RandomWalker(): max_iter: expected at least 1, got {max_iter}")
         self.gamma, self.beta, self.tol, self.max_iter = gamma, beta, tol, max_iter
         self.largest_component, self.sigma, self.click_gamma = largest_component, sigma, click_gamma
-        self._shared = {"radius": radius, "colour_weight": colour_weight}
-        self._mask = {"weight": weight}
-        self._clicks = {"geodesic_weight": geodesic_weight, "edge_weight": edge_weight}
+        self._shared: dict[str, Any] = {"radius": radius, "colour_weight": colour_weight}
+        self._mask: dict[str, Any] = {"weight": weight}
+        self._clicks: dict[str, Any] = {"geodesic_weight": geodesic_weight, "edge_weight": edge_weight}
 
     def encode(self, images: Any, *, spacing: Sequence[float] | None = None) -> WalkState:
         """Standardise images [B, channels, *S] once; `spacing` in mm makes steps along long axes harder.

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate of the generalist's term (do no harm): who may teach, judged by labeled scans.
+
+Candidates are the prompt mask itself ("mask"), its largest components ("largest_component") and every
+generalist, by its name. `Gate` keeps their scores and says what each generalist contributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from semisam import masks, ops
+from semisam.fusion import Reliability
+
+__all__ = ["LARGEST", "MASK", "Gate", "largest_components"]
+
+MASK, LARGEST = "mask", "largest_component"
+
+
+def largest_components(labels: Any, num_classes: int) -> Any:
+    """Return the label map in which every foreground class keeps its largest component alone.
+
+    `labels` is [B, *S] (2-D or 3-D, classes 0..num_classes-1, any integer dtype); the result is uint8, the
+    same kind of array. What is taken away becomes background. Components are 26- or 8-connected.
+
+    >>> import numpy as np
+    >>> from semisam.gate import largest_components
+    >>> largest_components(np.array([[[1, 1, 0, 1, 2]]]), 3).tolist()
+    [[[1, 1, 0, 0, 2]]]
+    """
+    kept: Any = 0
+    for c in range(1, num_classes):
+        found = masks.largest_component(labels == c, spatial_dims=labels.ndim - 1)
+        kept = kept + c * (found.byte() if ops.is_torch(found) else found.astype(np.uint8))
+    return kept
+
+
+class Gate:
+    """Scores of all candidates, and from them what each generalist contributes to the term.
+
+    The candidate with the best mean Dice becomes the source of a generalist: its own output (its name),
+    `LARGEST`, or nothing (`MASK`: the prompt is better than what becomes of it). Whoever comes later in
+    this order must be strictly better: mask, largest component, generalist. Without any score every
+    generalist is used as it is. `reliability` holds one score per generalist, that of what it contributes.
+
+    >>> from semisam.gate import Gate
+    >>> gate = Gate(["random-walker"])
+    >>> gate.choice
+    {'random-walker': 'random-walker'}
+    >>> gate.start({"mask": [0.6], "largest_component": [0.7], "random-walker": [0.65]})
+    >>> gate.choice, gate.reliability.scores.tolist()
+    ({'random-walker': 'largest_component'}, [0.7])
+    """
+
+    def __init__(self, names: Sequence[str], momentum: float = 0.9, start: float = 0.5) -> None:
+        """Begin without scores; `names` are the generalists'."""
+        self.names = list(names)
+        self.momentum = momentum
+        self.scores: dict[str, list[float]] = {}  # Dice per foreground class
+        self.choice = {name: name for name in self.names}
+        self.reliability = Reliability(len(self.names), momentum, start)
+
+    def start(self, scores: Mapping[str, Sequence[float]]) -> None:
+        """Take held-out scores (Dice per foreground class of every candidate) as the beginning."""
+        self.scores = {name: [float(v) for v in values] for name, values in scores.items()}
+        self._decide()
+        for g, name in enumerate(self.names):
+            self.reliability.scores[g] = float(np.mean(self.scores[self.choice[name]]))
+
+    def update(self, scores: Mapping[str, Sequence[float]], *, held_out: bool) -> None:
+        """Let new scores in slowly: score <- momentum score + (1 - momentum) new.
+
+        Only scores of predictions that did not train on these scans (`held_out`) may change a choice: on
+        scans it has learned by heart, a specialist's mask beats every generalist. The others change
+        `reliability`, of which only ratios between generalists are used.
+        """
+        if held_out and not self.scores:
+            self.start(scores)
+            return
+        if held_out:
+            m = self.momentum
+            for name, old in self.scores.items():
+                new = scores[name]
+                self.scores[name] = [m * a + (1 - m) * float(b) for a, b in zip(old, new, strict=True)]
+            self._decide()
+        for g, name in enumerate(self.names):
+            self.reliability.update(g, float(np.mean(scores[self.choice[name]])))
+
+    def _decide(self) -> None:
+        mean = {name: float(np.mean(values)) for name, values in self.scores.items()}
+        for name in self.names:
+            best = MASK
+            for candidate in (LARGEST, name):
+                best = candidate if mean[candidate] > mean[best] else best
+            self.choice[name] = best
+
+    def report(self) -> dict[str, Any]:
+        """Return scores, choices and reliabilities as plain Python values."""
+        return {
+            "scores": {name: float(np.mean(values)) for name, values in self.scores.items()},
+            "per_class": {name: list(values) for name, values in self.scores.items()},
+            "choice": dict(self.choice),
+            "reliability": dict(zip(self.names, self.reliability.scores.tolist(), strict=True)),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that changes, as plain Python values."""
+        return {
+            "names": list(self.names),
+            "scores": {name: list(values) for name, values in self.scores.items()},
+            "choice": dict(self.choice),
+            "reliability": self.reliability.scores.tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; ValueError for one of other generalists."""
+        if list(state["names"]) != self.names:
+            raise ValueError(
+                f"load_state_dict(): state: expected generalists {self.names}, got {list(state['names'])}"
+            )
+        self.scores = {name: [float(v) for v in values] for name, values in state["scores"].items()}
+        self.choice = dict(state["choice"])
+        self.reliability.scores = np.array(state["reliability"], np.float64)

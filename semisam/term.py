@@ -1,0 +1,636 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plug-and-play term: promptable generalists teach a specialist on unlabeled images.
+
+One call of `SemiSAMTerm` is, for the unlabeled samples of one training step,
+
+    teacher's probability -> prompts -> generalists' answers -> fused pseudo-label, weights -> loss
+
+where only the loss has a gradient, and only to the student's logits. No label of an unlabeled image has a
+way in; labels enter `calibrate` and `score` alone, which judge and never teach.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from semisam import fusion, generalists, metrics, ops, prompts, schedules
+from semisam._dialogue import MODES, Answers, Request, Slot, joined, largest
+from semisam.gate import LARGEST, MASK, Gate, largest_components
+from semisam.losses import uncertainty_weighted_loss
+
+__all__ = ["MODES", "PRESETS", "LastCall", "SemiSAMTerm"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ref": {
+        "mode": "point",
+        "lam_sam": None,  # 0.1 for the modes with an uncertainty map, else 0.5
+        "clicks": 10,
+        "tau_p": 1.0,
+        "target": "hard",
+        "label_rounds": "last",
+        "doubt_rounds": "all",
+        "weight": None,  # exp for the modes with an uncertainty map, else none
+        "kappa": 1.0,
+        "teacher_share": 0.0,
+        "tau_c": 0.0,
+        "tau_u": 1.0,
+        "reliability": False,
+        "sample_gate": 0.0,
+        "warmup": 0.0,
+    },
+    "plus": {
+        "mode": None,  # each generalist's own
+        "lam_sam": 0.5,
+        "clicks": 6,
+        "tau_p": 0.5,
+        "target": "soft",
+        "label_rounds": "late",
+        "doubt_rounds": "late",
+        "weight": "exp",
+        "kappa": 4.0,
+        "teacher_share": 0.5,
+        "tau_c": 0.7,
+        "tau_u": 0.5,
+        "reliability": True,
+        "sample_gate": 0.1,
+        "warmup": 0.05,
+    },
+}
+"""What None stands for in the arguments of `SemiSAMTerm`."""
+
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("tau_p", "threshold", "p_min", "teacher_share", "tau_c", "tau_u"), (0, 1)),
+    **dict.fromkeys(("sample_gate", "warmup", "min_weight"), (0, 1)),
+    **dict.fromkeys(("lam_sam", "w0", "kappa", "box_margin"), (0, 1e6)),
+    "clicks": (1, 64),
+    "sam_every": (1, 2**32 - 1),
+    "total_steps": (1, 2**32 - 1),
+}
+_WHOLE = ("clicks", "sam_every")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "click_memory": ("last", "all"),
+    "target": ("soft", "hard"),
+    "label_rounds": ("late", "last", "all"),
+    "doubt_rounds": ("late", "last", "all"),
+    "unc": ("var", "mi", "ent"),
+    "weight": ("exp", "linear", "gate", "conf", "none"),
+    "loss": ("mse", "ce", "ce_dice"),
+}
+
+
+class LastCall(NamedTuple):
+    """What the last call made, for pictures; voxels of samples that were left out have weight 0."""
+
+    image: Any  # [B, channels, *S]
+    prob: Any  # [B, C, *S], what the prompts came from
+    prompt_target: Any  # [B, F, *S], bool: what the generalists were asked for
+    clicks: dict[str, prompts.PromptBatch]  # by source: all clicks of all rounds
+    answers: dict[str, Any]  # by source: logits of its last round [B, F, *S]
+    target: Any  # the pseudo-label: soft [B, C, *S] or hard [B, *S] (255: too uncertain)
+    label: Any  # [B, *S], uint8
+    weight: Any  # [B, *S], 0..1
+    uncertainty: Any  # [B, *S], 0..1
+
+    def picture(self, sample: int = 0) -> dict[str, Any]:
+        """Return one sample as NumPy arrays: what a report shows.
+
+        "image" [channels, *S], "prediction" and "target" [C, *S] (a hard target as its one-hot form),
+        "weight" and "uncertainty" [*S], all float32; "clicks" [n, ndim + 1] int32, indices and 1 or 0.
+        """
+        target, classes = self.target[sample], self.prob.shape[1]
+        if target.ndim == self.prob.ndim - 2:
+            target = torch.stack([target == c for c in range(classes)])
+        made = {"image": self.image, "prediction": self.prob, "weight": self.weight}
+        made["uncertainty"] = self.uncertainty
+        arrays = {name: array[sample] for name, array in made.items()} | {"target": target}
+        rows = [
+            torch.cat([batch.points[sample], batch.labels[sample, ..., None]], -1).flatten(0, 1)
+            for batch in self.clicks.values()
+        ]
+        clicks = torch.cat(rows)
+        return {
+            **{name: array.detach().float().cpu().numpy() for name, array in arrays.items()},
+            "clicks": clicks[clicks[:, -1] >= 0].int().cpu().numpy(),
+        }
+
+
+class SemiSAMTerm:
+    """L_sam: what promptable generalists say about unlabeled images, as a loss for the specialist.
+
+        L = lam_sam w_sam(step) min(1, step / (warmup total_steps)) L_sam(student's logits; q, w)
+
+    `generalist`: a name of `semisam.generalists`, a dotted path, a `Generalist`, or a list of them; every
+    one has its own clicks. `total_steps` is the length of the training. None stands for the value of the
+    `preset`: "plus" (default) or "ref", which is the papers' intent without their defects.
+
+    Prompts, from the teacher's probability of each foreground class (`semisam.prompts`): `mode` "point"
+    (`clicks` rounds, last answer used), "unc" (all late answers used), "mask" (one round, mask prompt),
+    "mixed" ("unc" with the mask prompt as round 0) or "box", for all or one per generalist; `rule` "ritm" or
+    "random" (None: RITM in rounds 0 and 1, then random); `click_memory` "last" or "all"; `tau_p`,
+    `threshold`, `p_min`, `prompt_lcc`: `specialist_targets`; `box`: give the target's box, too, enlarged
+    by `box_margin`, to generalists that take one; `seed` with (step, sample id, class, round) decides
+    every click.
+
+    Pseudo-label (`semisam.fusion`): `target` "soft" or "hard", `label_rounds` and `doubt_rounds` "late",
+    "last", "all"; `unc`, `weight`, `kappa`; `tau_c`, `tau_u` for hard targets (and `weight="gate"`);
+    `teacher_share` of the doubt; `reliability`: weigh generalists by their scores, drop those below 0.1;
+    `sample_gate`: a sample whose label agrees less with the prompt (Dice) counts nothing.
+
+    Loss: `loss` "mse", "ce", "ce_dice"; `min_weight`; `lam_sam`; `w0`, `ramp_length` (blocks of 150 steps):
+    `schedules.sam_weight`; `warmup`, a share of the training; `sam_every`: other steps give exactly 0.
+
+    Every number is per sample and class: nothing passes from one sample to another, except that the loss
+    is the mean over samples. Nothing is drawn from torch's random numbers. On devices without kernels of
+    this library, all but the generalist is computed on the CPU; only the scalar and its gradient travel.
+
+    Raises ValueError for unknown names (with the nearest known one), numbers out of range and a mode whose
+    prompts a generalist does not take. Papers: SemiSAM (arXiv 2312.06316), SemiSAM+ (arXiv 2502.20749).
+
+    >>> import torch
+    >>> from semisam.term import SemiSAMTerm
+    >>> term = SemiSAMTerm("random-walker", total_steps=100)
+    >>> image = torch.zeros(1, 1, 24, 24)
+    >>> image[..., 6:18, 6:18] = 1
+    >>> logits = 4 * torch.stack([-image[:, 0], image[:, 0]], 1).roll(1, 3)  # a student, off by a voxel
+    >>> loss = term(image, logits.requires_grad_(), step=50)
+    >>> loss.backward()
+    >>> bool(loss > 0), bool(logits.grad.any()), term.diagnostics["skipped"]
+    (True, True, 0)
+    """
+
+    def __init__(
+        self,
+        generalist: Any = "random-walker",
+        *,
+        total_steps: int,
+        preset: str = "plus",
+        mode: str | Sequence[str] | None = None,
+        clicks: int | None = None,
+        rule: str | None = None,
+        click_memory: str = "last",
+        tau_p: float | None = None,
+        threshold: float = 0.5,
+        p_min: float = 0.2,
+        prompt_lcc: bool = False,
+        box: bool = True,
+        box_margin: float = 0.05,
+        target: str | None = None,
+        label_rounds: str | None = None,
+        doubt_rounds: str | None = None,
+        unc: str = "var",
+        weight: str | None = None,
+        kappa: float | None = None,
+        tau_c: float | None = None,
+        tau_u: float | None = None,
+        teacher_share: float | None = None,
+        reliability: bool | None = None,
+        sample_gate: float | None = None,
+        loss: str = "mse",
+        min_weight: float = 1e-3,
+        lam_sam: float | None = None,
+        w0: float = 0.1,
+        ramp_length: float | None = None,
+        warmup: float | None = None,
+        sam_every: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """Build the generalists and settle every number; `settings` has the result."""
+        given = {
+            name: value for name, value in locals().items() if name not in ("self", "generalist", "mode")
+        }
+        _choice("preset", preset, tuple(PRESETS))
+        self.settings: dict[str, Any] = {
+            name: PRESETS[preset].get(name) if value is None else value for name, value in given.items()
+        }
+        self._slots = _slots(generalist, mode or PRESETS[preset]["mode"])
+        mapped = any(slot.mode in ("unc", "mixed") for slot in self._slots)
+        if self.settings["lam_sam"] is None:
+            self.settings["lam_sam"] = 0.1 if mapped else 0.5
+        if self.settings["weight"] is None:
+            self.settings["weight"] = "exp" if mapped else "none"
+        self.settings["mode"] = [slot.mode for slot in self._slots]
+        _check_settings(self.settings)
+        self.gate = Gate([slot.name for slot in self._slots])
+        self.diagnostics: dict[str, Any] = {}
+        self.last: LastCall | None = None
+
+    @property
+    def generalists(self) -> dict[str, Any]:
+        """The generalists by name."""
+        return {slot.name: slot.generalist for slot in self._slots}
+
+    def factor(self, step: int) -> float:
+        """Return what L_sam is multiplied with at `step`: lam_sam w_sam(step) warm-up(step).
+
+        >>> from semisam.term import SemiSAMTerm
+        >>> round(SemiSAMTerm(total_steps=6000, lam_sam=1.0).factor(3000), 6)
+        0.02865
+        """
+        s = self.settings
+        ramp = schedules.sam_weight(step, s["total_steps"], weight=s["w0"], length=s["ramp_length"])
+        return float(s["lam_sam"] * ramp * schedules.warmup(step, s["total_steps"], s["warmup"]))
+
+    def __call__(
+        self,
+        images_u: Any,
+        logits_u: Any,
+        teacher_probs: Any = None,
+        *,
+        step: int,
+        sample_ids: Sequence[int] | None = None,
+        spacing: Sequence[float] | None = None,
+    ) -> Any:
+        """Return the term of one step, a scalar with gradient to `logits_u` alone.
+
+        `images_u` [B, channels, *S] and `logits_u` [B, C, *S], C >= 2, background first, of the unlabeled
+        samples (B may be 0); `teacher_probs` [B, C, *S], what the prompts come from (None: the student's own
+        softmax, detached, and then the teacher is no source of doubt); `step` from 0; `sample_ids`, unique
+        within the step over all processes (default 0..B-1); `spacing` in mm.
+
+        `diagnostics` then has numbers for the log, `last` tensors for pictures. A step without anything to
+        learn from (see `sam_every`, no confident class, generalist failed or out of favour) gives exactly 0.
+        Logits that are not finite make the result NaN. Raises ValueError for shapes that do not fit and for a
+        teacher whose values are no probabilities.
+        """
+        _check_batch("SemiSAMTerm", ("images_u", "logits_u"), images_u, logits_u)
+        if teacher_probs is not None and tuple(teacher_probs.shape) != tuple(logits_u.shape):
+            raise ValueError(
+                f"SemiSAMTerm(): teacher_probs: expected the shape of logits_u {tuple(logits_u.shape)}, "
+                f"got {tuple(teacher_probs.shape)}"
+            )
+        if not 0 <= step < 2**32:
+            raise ValueError(f"SemiSAMTerm(): step: expected 0 or more, got {step}")
+        ids = list(range(len(logits_u))) if sample_ids is None else [int(i) for i in sample_ids]
+        if len(ids) != len(logits_u):
+            raise ValueError(
+                f"SemiSAMTerm(): sample_ids: expected one per sample ({len(logits_u)}), got {len(ids)}"
+            )
+        self.last = None
+        self.diagnostics = _blank(self.gate)
+        self.diagnostics["weight"] = factor = self.factor(step)
+        if self.settings["lam_sam"] == 0:
+            return torch.zeros((), device=logits_u.device)
+        if factor == 0 or step % self.settings["sam_every"] or not ids:
+            return _nothing(logits_u)
+        home = _home(logits_u.device)
+        with torch.no_grad():
+            prob = (logits_u.float().softmax(1) if teacher_probs is None else teacher_probs.float()).to(home)
+            if teacher_probs is not None:
+                _check_probabilities("SemiSAMTerm", "teacher_probs", prob)
+            elif not bool(prob.isfinite().all()):
+                return logits_u.sum().float() * float("nan")
+            self.last = self._teach(images_u, prob, step, ids, spacing, teacher=teacher_probs is not None)
+        if self.last is None:
+            return _nothing(logits_u)
+        value = uncertainty_weighted_loss(
+            logits_u.to(home),
+            self.last.target,
+            self.last.weight,
+            loss=self.settings["loss"],
+            min_weight=self.settings["min_weight"],
+        )
+        self.diagnostics["loss"] = float(value.detach())
+        return (value * factor).to(logits_u.device)
+
+    # ---- teaching
+
+    def _teach(
+        self, images: Any, prob: Any, step: int, ids: list[int], spacing: Any, *, teacher: bool
+    ) -> LastCall | None:
+        """Prompts, answers and fusion; None where nothing came of it."""
+        began = time.perf_counter()
+        request = self._request(images, prob, step, ids, spacing)
+        answers = self._answers(request)
+        made = self._fuse(request, answers, teacher=teacher)
+        seconds = sum(a.seconds for a in answers.values())
+        d = self.diagnostics
+        d["called"] = True
+        d["skipped_rows"] = int(request.targets.skip.sum())
+        d["failed_rows"] = sum(a.failed for a in answers.values())
+        d["clicks"] = sum(int((a.clicks.labels >= 0).sum()) for a in answers.values())
+        d["rounds"] = {name: list(a.done) for name, a in answers.items()}
+        d["solver"] = {name: dict(a.info) for name, a in answers.items() if a.info}
+        d["ms_generalist"] = 1e3 * seconds
+        d["ms_rest"] = 1e3 * (time.perf_counter() - began - seconds)
+        return made
+
+    def _request(self, images: Any, prob: Any, step: int, ids: list[int], spacing: Any) -> Request:
+        s = self.settings
+        targets = prompts.specialist_targets(
+            prob,
+            threshold=s["threshold"],
+            p_min=s["p_min"],
+            tau_p=s["tau_p"],
+            largest_component=s["prompt_lcc"],
+        )
+        return Request(images, prob, targets, step, ids, spacing)
+
+    def _answers(self, request: Request) -> dict[str, Answers]:
+        """What every source that the gate lets through has to say, by name."""
+        found: dict[str, Answers] = {}
+        scores = self.gate.reliability.scores if self.settings["reliability"] else [1.0] * len(self._slots)
+        for slot, score in zip(self._slots, scores, strict=True):
+            choice = self.gate.choice[slot.name]
+            if choice == MASK or score < 0.1 or choice in found:
+                continue
+            made = largest(request) if choice == LARGEST else slot.ask(request, self.settings)
+            made.score = float(score)
+            found[choice] = made
+        return found
+
+    def _fuse(self, request: Request, answers: dict[str, Answers], *, teacher: bool) -> LastCall | None:
+        s, d = self.settings, self.diagnostics
+        if not any(any(a.done) for a in answers.values()):
+            return None
+        teacher = teacher and s["teacher_share"] > 0
+        sources = [r for a in answers.values() for r in a.rounds]
+        r_lab, r_unc = fusion.source_weights(
+            [a.score for a in answers.values()],
+            [a.done for a in answers.values()],
+            teacher,
+            s["teacher_share"],
+            label=s["label_rounds"],
+            doubt=s["doubt_rounds"],
+        )
+        every = [joined(r) for r in sources]
+        if teacher:
+            every.append(request.prob.clamp_min(1e-12).log())
+        counts = [i for i in range(len(every)) if r_lab[i].any() or r_unc[i].any()]
+        soft = s["target"] == "soft"
+        fused = fusion.fuse(
+            [every[i] for i in counts],
+            r_lab[counts],
+            r_unc[counts],
+            unc=s["unc"],
+            weight=s["weight"],
+            kappa=s["kappa"],
+            tau_c=None if soft else s["tau_c"],
+            tau_u=s["tau_u"] if s["weight"] == "gate" or not soft else None,
+            logits=True,
+            want=("label", "uncertainty", "weight", *(("mean",) if soft else ())),
+        )
+        taught = torch.from_numpy(r_lab.sum(0) > 0).to(request.prob.device)
+        agreement = fusion.agreement(fused.label, request.targets.target, request.prob.shape[1])
+        kept = taught & (agreement >= s["sample_gate"])
+        shape = (-1, *(1,) * (fused.weight.ndim - 1))
+        weight = fused.weight * kept.reshape(shape)
+        share = weight.flatten(1).mean(1, dtype=torch.float64)
+        count = int(taught.sum())
+        d["weight_share"] = share.tolist()
+        d["skipped"] = int((share < s["min_weight"]).sum())
+        d["agreement"] = float(agreement[taught].mean()) if count else None
+        d["mean_u"] = float(fused.uncertainty[taught].mean(dtype=torch.float64)) if count else None
+        return LastCall(
+            request.images,
+            request.prob,
+            request.targets.target,
+            {name: a.clicks for name, a in answers.items()},
+            {name: a.rounds[-1] for name, a in answers.items() if a.rounds},
+            fused.mean if soft else fused.label,
+            fused.label,
+            weight,
+            fused.uncertainty,
+        )
+
+    # ---- the gate
+
+    def calibrate(self, images: Any, probs: Any, labels: Any, spacing: Any = None) -> dict[str, Any]:
+        """Decide from held-out predictions what each generalist contributes, before the training starts.
+
+        Sequences of N labeled volumes (their shapes may differ) or arrays with a leading N: `images`
+        [channels, *S], `probs` [C, *S] of a specialist that did not train on that volume, `labels` [*S]
+        (255: ignored); `spacing` for all or a list, in mm. Candidates are the prompt mask (argmax of
+        `probs`), its largest component per class, and each generalist in the term's own mode; the score
+        is the Dice of whole volumes, mean over them and the foreground classes. See `semisam.gate.Gate`.
+
+        Returns a dictionary of plain values: "scores" (candidate: mean Dice), "per_class" (candidate:
+        list), "choice" (generalist: candidate), "reliability" (generalist: score), "switched" (generalists
+        whose choice is another one than before), "volumes", "held_out". Raises ValueError for shapes that do
+        not fit.
+
+        >>> import torch
+        >>> from semisam.term import SemiSAMTerm
+        >>> image = torch.zeros(1, 1, 40, 40)
+        >>> image[..., 10:30, 10:30] = 1
+        >>> prob = torch.stack([1 - image[:, 0], image[:, 0]], 1).roll((2, -1), (2, 3)) * 0.8 + 0.1
+        >>> found = SemiSAMTerm(total_steps=100).calibrate(image, prob, image[:, 0].byte())
+        >>> {name: round(v, 2) for name, v in found["scores"].items()}
+        {'mask': 0.85, 'largest_component': 0.85, 'random-walker': 0.9}
+        >>> found["choice"]
+        {'random-walker': 'random-walker'}
+        """
+        return self._judge(images, probs, labels, spacing, held_out=True, fresh=True)
+
+    def score(
+        self, images: Any, probs: Any, labels: Any, spacing: Any = None, *, held_out: bool = False
+    ) -> dict[str, Any]:
+        """Repeat the comparison during training, and let its result in with a momentum of 0.9.
+
+        Arguments and result are those of `calibrate`. Predictions on scans that the specialist trains on
+        (`held_out=False`) are better than any on unlabeled ones, so that the prompt mask would win for the
+        wrong reason: they change the generalists' reliabilities, of which only ratios count, and never a
+        choice. Held-out ones change both.
+        """
+        return self._judge(images, probs, labels, spacing, held_out=held_out, fresh=False)
+
+    def _judge(
+        self, images: Any, probs: Any, labels: Any, spacing: Any, *, held_out: bool, fresh: bool
+    ) -> dict[str, Any]:
+        n = len(probs)
+        if not n or len(images) != n or len(labels) != n:
+            raise ValueError(
+                f"calibrate(): images, probs, labels: expected equally many volumes, at least one, got "
+                f"{len(images)}, {n}, {len(labels)}"
+            )
+        several = isinstance(spacing, (list, tuple)) and len(spacing) == n
+        each = several and all(v is None or hasattr(v, "__len__") for v in spacing)
+        with torch.no_grad():
+            rows = [
+                self._compare(images[i], probs[i], labels[i], spacing[i] if each else spacing, i)
+                for i in range(n)
+            ]
+        per_class = {
+            name: torch.stack([torch.as_tensor(row[name]) for row in rows]).double().mean(0).tolist()
+            for name in rows[0]
+        }
+        before = dict(self.gate.choice)
+        if fresh:
+            self.gate.start(per_class)
+        else:
+            self.gate.update(per_class, held_out=held_out)
+        return {
+            **self.gate.report(),
+            "scores": {name: sum(values) / len(values) for name, values in per_class.items()},
+            "per_class": per_class,
+            "switched": [name for name, choice in self.gate.choice.items() if choice != before[name]],
+            "volumes": n,
+            "held_out": held_out,
+        }
+
+    def _compare(self, image: Any, prob: Any, label: Any, spacing: Any, number: int) -> dict[str, Any]:
+        """Dice per foreground class of every candidate on one volume."""
+        image, prob, label = (torch.as_tensor(a)[None] for a in (image, prob, label))
+        _check_batch("calibrate", ("images", "probs"), image, prob)
+        if tuple(label.shape[1:]) != tuple(prob.shape[2:]):
+            raise ValueError(
+                f"calibrate(): labels: expected shape {tuple(prob.shape[2:])} for volume {number}, "
+                f"got {tuple(label.shape[1:])}"
+            )
+        home, classes = _home(prob.device), prob.shape[1]
+        prob, label = prob.float().to(home), label.to(home)
+        _check_probabilities("calibrate", "probs", prob)
+        mask = prob.argmax(1).byte()
+        found = {MASK: mask, LARGEST: largest_components(mask, classes)}
+        request = self._request(image, prob, 0, [number], spacing)
+        for slot in self._slots:
+            answers = slot.ask(request, self.settings)
+            found[slot.name] = torch.zeros_like(mask)
+            if any(answers.done):
+                r_lab, _ = fusion.source_weights(
+                    [1.0], [answers.done], False, label=self.settings["label_rounds"]
+                )
+                rounds = [joined(r) for r in answers.rounds]
+                found[slot.name] = fusion.fuse(rounds, r_lab, logits=True, want=("label",)).label
+        options: dict[str, Any] = {"include_background": False, "num_classes": classes, "ignore_index": 255}
+        return {name: metrics.dice(one, label, **options)[0] for name, one in found.items()}
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what changes during training (the gate), as plain Python values."""
+        return {"format": 1, "gate": self.gate.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; ValueError for one of other generalists."""
+        self.gate.load_state_dict(state["gate"])
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def _slots(given: Any, mode: str | Sequence[str] | None) -> list[Slot]:
+    items = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not items:
+        raise ValueError("SemiSAMTerm(): generalist: expected at least one, got none")
+    modes = [mode] * len(items) if mode is None or isinstance(mode, str) else list(mode)
+    if len(modes) != len(items):
+        raise ValueError(
+            f"SemiSAMTerm(): mode: expected one, or one per generalist ({len(items)}), got {mode}"
+        )
+    slots: list[Slot] = []
+    for item, wanted in zip(items, modes, strict=True):
+        made = generalists.build(item) if isinstance(item, str) else item
+        if not isinstance(made, generalists.Generalist):
+            raise TypeError(
+                f"SemiSAMTerm(): generalist: expected a name or something with spec, encode and decode, "
+                f"got {type(item).__name__}"
+            )
+        chosen = wanted or made.spec.default_mode
+        _choice("mode", chosen, tuple(MODES))
+        if not MODES[chosen] <= made.spec.prompts:
+            possible = " or ".join(m for m, needs in MODES.items() if needs <= made.spec.prompts)
+            raise ValueError(
+                f"SemiSAMTerm(): mode: expected {possible or 'none'} for {made.spec.name}, which "
+                f"takes {', '.join(sorted(made.spec.prompts))}, got {chosen!r}"
+            )
+        name = made.spec.name
+        taken = [slot.name for slot in slots] + [MASK, LARGEST]
+        while name in taken:
+            name = f"{made.spec.name}-{len(slots) + 1}" if name == made.spec.name else f"{name}'"
+        slots.append(Slot(name, made, chosen, len(slots)))
+    return slots
+
+
+def _choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        raise ValueError(
+            f"SemiSAMTerm(): {argument}: expected one of {', '.join(choices)}, got {value!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    for name, choices in _CHOICES.items():
+        _choice(name, settings[name], choices)
+    if settings["rule"] is not None:
+        _choice("rule", settings["rule"], ("ritm", "random"))
+    for name, (low, high) in _RANGES.items():
+        value = settings[name]
+        if not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(
+                f"SemiSAMTerm(): {name}: expected a number from {low} to {high:g}, got {value!r}"
+            )
+        if name in _WHOLE and value != int(value):
+            raise ValueError(f"SemiSAMTerm(): {name}: expected a whole number, got {value!r}")
+    length = settings["ramp_length"]
+    if length is not None and not 0 <= length < float("inf"):
+        raise ValueError(f"SemiSAMTerm(): ramp_length: expected 0 or a positive number, got {length!r}")
+
+
+def _check_batch(who: str, names: tuple[str, str], images: Any, probs: Any) -> None:
+    for name, array in zip(names, (images, probs), strict=True):
+        if not ops.is_torch(array):
+            raise TypeError(f"{who}(): {name}: expected a torch tensor, got {type(array).__name__}")
+    shape = tuple(probs.shape)
+    if len(shape) not in (4, 5) or shape[1] < 2 or min(shape[2:]) < 1:
+        raise ValueError(
+            f"{who}(): {names[1]}: expected [B, C, H, W] or [B, C, D, H, W] with at least 2 classes "
+            f"(background first), got shape {shape}"
+        )
+    got = tuple(images.shape)
+    if len(got) != len(shape) or got[0] != shape[0] or got[2:] != shape[2:]:
+        raise ValueError(
+            f"{who}(): {names[0]}: expected ({shape[0]}, channels, {', '.join(map(str, shape[2:]))}), as "
+            f"{names[1]} has it, got {got}"
+        )
+
+
+def _check_probabilities(who: str, name: str, prob: Any) -> None:
+    """A distribution over classes, up to the rounding of half precision."""
+    if not prob.numel():
+        return
+    off = float((prob.sum(1) - 1).abs().amax())
+    low = float(prob.amin())
+    if not (off <= 0.02 and low >= -0.02):  # NaN is not
+        raise ValueError(
+            f"{who}(): {name}: expected probabilities that sum to 1 over the classes (a softmax, not "
+            f"logits), got a minimum of {low:.3g} and sums that are off by {off:.3g}"
+        )
+
+
+def _home(device: Any) -> Any:
+    """Where this library's operators run for tensors of a device."""
+    return device if device.type == "cpu" else torch.device("cpu")
+
+
+def _nothing(logits: Any) -> Any:
+    """Exactly 0, with a gradient of exactly 0, whatever the logits hold."""
+    return logits.reshape(-1)[:0].sum(dtype=torch.float32)
+
+
+def _blank(gate: Gate) -> dict[str, Any]:
+    """The diagnostics of a step in which nothing was asked; None: not measured."""
+    return {
+        "called": False,
+        "weight": 0.0,
+        "loss": 0.0,
+        "weight_share": [],
+        "skipped": 0,
+        "skipped_rows": 0,
+        "failed_rows": 0,
+        "clicks": 0,
+        "rounds": {},
+        "agreement": None,
+        "mean_u": None,
+        "reliability": dict(zip(gate.names, gate.reliability.scores.tolist(), strict=True)),
+        "choice": dict(gate.choice),
+        "solver": {},
+        "ms_generalist": 0.0,
+        "ms_rest": 0.0,
+    }

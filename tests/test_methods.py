@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods against their formulas in plain torch, and what must not leak from one part to another."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from semisam import methods, schedules
+from semisam.engine.config import MethodConfig
+from semisam.methods.base import Batch, Method, random_key
+from semisam.specialists import UNet3d, VNet
+from semisam.term import SemiSAMTerm
+
+TEACHERS = ("mean-teacher", "ua-mt")
+TOTAL = 20
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def batch_of(labeled=2, unlabeled=2, side=8, seed=0, classes=2):
+    generator = torch.Generator().manual_seed(seed)
+    n = labeled + unlabeled
+    label = torch.zeros(labeled, side, side, side, dtype=torch.uint8)
+    label[:, 2:6, 1:5, 2:7] = classes - 1
+    image = torch.randn(n, 1, side, side, side, generator=generator)
+    image[:, :, 2:6, 1:5, 2:7] += 2
+    return Batch(image, label, tuple(range(100, 100 + n)))
+
+
+def network(classes=2, dropout=True):
+    torch.manual_seed(0)
+    made = UNet3d(in_channels=1, num_classes=classes, channels=(4, 8))
+    if not dropout:
+        for module in made.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+    return made
+
+
+def build(name, student, **options):
+    term = options.pop("term", None)
+    config = MethodConfig(name, **options)
+    classes = 2
+    return methods.build(config, student, num_classes=classes, total_steps=TOTAL, seed=7, term=term)
+
+
+def train(method, steps=4, batches=None):
+    """A plain loop, as the trainer's: dropout is a function of the step."""
+    optimizer = torch.optim.SGD(method.student.parameters(), 0.1, 0.9)
+    method.student.train()
+    history = []
+    for step in range(steps):
+        torch.manual_seed(random_key(7, step))
+        losses = method.losses(batches[step] if batches else batch_of(seed=step), step)
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        method.after_step(step)
+        history.append({name: value.item() for name, value in losses.items()})
+    return history
+
+
+def same(a, b):
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+# ---- formulas -----------------------------------------------------------------------------------
+
+
+def reference_sup(logits, label, background=True):
+    p = logits.double().softmax(1)
+    t = F.one_hot(label.long(), logits.shape[1]).movedim(-1, 1).double()
+    space = (0, 2, 3, 4)
+    dice = 1 - (2 * (p * t).sum(space) + 1e-5) / ((p * p).sum(space) + (t * t).sum(space) + 1e-5)
+    return F.cross_entropy(logits.double(), label.long()), dice[0 if background else 1 :].mean()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_supervised_is_the_formula(background):
+    batch, student = batch_of(), network(dropout=False)
+    method = build("supervised", student, lambda_ce=0.3, lambda_dice=0.7, include_background=background)
+    losses = method.losses(batch, 0)
+    ce, dice = reference_sup(student(batch.image[:2]), batch.label, background)
+    assert losses["ce"].item() == pytest.approx(0.3 * ce.item(), rel=1e-6)
+    assert losses["dice"].item() == pytest.approx(0.7 * dice.item(), rel=1e-6)
+
+
+def test_mean_teacher_is_the_formula():
+    batch, student = batch_of(), network(dropout=False)
+    method = build("mean-teacher", student, noise=0.3)
+    for p in method.teacher.parameters():  # a teacher of its own
+        p.data += 0.05 * torch.randn_like(p)
+    losses = method.losses(batch, 10)
+    ce, dice = reference_sup(student(batch.image)[:2], batch.label)
+    target = method.teacher(method._noisy(batch.image[2:], batch.ids[2:], 10, 0)).softmax(1)
+    mse = (student(batch.image)[2:].softmax(1) - target).square().mean()
+    assert losses["ce"].item() == pytest.approx(0.5 * ce.item(), rel=1e-6)
+    assert losses["dice"].item() == pytest.approx(0.5 * dice.item(), rel=1e-6)
+    expected = schedules.consistency_weight(10, TOTAL) * mse.item()
+    assert losses["consistency"].item() == pytest.approx(expected, rel=1e-5)
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is None for p in method.teacher.parameters())
+    assert student.final.weight.grad.abs().sum() > 0
+
+
+def test_uamt_is_the_formula():
+    batch, student = batch_of(side=8), network(dropout=False)
+    with torch.no_grad():
+        student.final.weight *= 12  # some voxels certain, others not
+    method = build("ua-mt", student, mc_passes=8, noise=0.5)
+    step = 15
+    losses = method.losses(batch, step)
+    images, ids = batch.image[2:], batch.ids[2:]
+    with torch.no_grad():
+        passes = [method.teacher(method._noisy(images, ids, step, d)).softmax(1) for d in range(1, 9)]
+        pbar = torch.stack(passes).double().mean(0)
+        entropy = -(pbar * (pbar + 1e-6).log()).sum(1)
+        mask = (entropy < schedules.uamt_threshold(step, TOTAL)).double()
+        target = method.teacher(method._noisy(images, ids, step, 0)).softmax(1)
+        distance = (student(batch.image)[2:].softmax(1) - target).double().square().sum(1)
+    assert 0.02 < mask.mean() < 0.98
+    expected = (mask * distance).sum() / (2 * mask.sum() + 1e-16)
+    weight = schedules.consistency_weight(step, TOTAL)
+    assert losses["consistency"].item() == pytest.approx(weight * expected.item(), rel=1e-4)
+
+
+def test_uamt_with_nothing_certain_is_zero():
+    method = build("ua-mt", network(), noise=0.1)
+    for p in method.teacher.parameters():
+        p.data.zero_()  # 1/2 everywhere: entropy ln 2, above every threshold before the end
+    losses = method.losses(batch_of(), 0)
+    assert losses["consistency"].item() == 0.0
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad.isfinite().all() for p in method.student.parameters())
+
+
+def test_odd_numbers_of_passes_run_too():
+    assert build("ua-mt", network(), mc_passes=3).losses(batch_of(), 0)["consistency"] >= 0
+
+
+# ---- teacher ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teacher_is_the_running_mean_and_copies_buffers(name):
+    torch.manual_seed(0)
+    student = VNet(in_channels=1, num_classes=2, channels=(2, 4))
+    method = build(name, student, ema_decay=0.9)
+    assert same(method.teacher, student)
+    assert method.teacher is not student
+    weight = student.out_conv.weight
+    expected = weight.detach().clone()
+    for step in range(15):
+        with torch.no_grad():
+            weight.add_(step + 1.0)
+            student.block_one.conv[1].running_mean.fill_(step)
+        method.after_step(step)
+        a = min(1 - 1 / (step + 1), 0.9)
+        expected = a * expected + (1 - a) * weight.detach()
+        assert torch.allclose(method.teacher.out_conv.weight, expected, rtol=1e-6)
+        assert method.teacher.block_one.conv[1].running_mean.eq(step).all()
+        if step == 0:
+            assert same(method.teacher, student)
+    assert not any(p.requires_grad for p in method.teacher.parameters())
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_noisy_passes_leave_running_statistics_alone(name):
+    torch.manual_seed(0)
+    method = build(name, VNet(in_channels=1, num_classes=2, channels=(2, 4)))
+    before = {k: v.clone() for k, v in method.teacher.named_buffers()}
+    student_before = method.student.block_one.conv[1].running_mean.clone()
+    method.student.train()
+    method.losses(batch_of(), 0)
+    assert all(torch.equal(v, before[k]) for k, v in method.teacher.named_buffers())
+    assert not torch.equal(method.student.block_one.conv[1].running_mean, student_before)
+    assert not method.teacher.training
+
+
+def test_the_teacher_runs_with_dropout():
+    method = build("mean-teacher", network(), noise=0.0)
+    with method._stochastic_teacher() as teacher:
+        x = batch_of().image
+        assert not torch.equal(teacher(x), teacher(x))
+    assert torch.equal(method.teacher(x), method.teacher(x))
+
+
+def test_noise_belongs_to_seed_step_sample_and_draw():
+    method = build("mean-teacher", network())
+    images = torch.zeros(3, 1, 16, 16, 16)
+    noise = method._noisy(images, (5, 6, 7), 3, 0)
+    assert torch.equal(method._noisy(images[:1], (6,), 3, 0)[0], noise[1])  # whoever is beside it
+    for other in (((5, 6, 7), 4, 0), ((5, 6, 7), 3, 1), ((8, 9, 10), 3, 0)):
+        assert not torch.equal(method._noisy(images, *other), noise)
+    assert not torch.equal(noise[0], noise[1])
+    assert noise.abs().max().item() == pytest.approx(0.2)
+    assert noise.std().item() == pytest.approx(
+        0.1 * 0.9594, rel=0.02
+    )  # of a normal number clipped at two sigma
+    method.seed = 8
+    assert not torch.equal(method._noisy(images, (5, 6, 7), 3, 0), noise)
+
+
+# ---- what must not change anything --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_lam_sam_0_is_the_base_method_bit_for_bit(name):
+    plain = build(name, network())
+    with_term = build(f"semisam-{name}", network(), term=SemiSAMTerm(total_steps=TOTAL, lam_sam=0.0))
+    a, b = train(plain), train(with_term)
+    assert [{**row, "semisam": 0.0} for row in a] == b
+    assert same(plain.student, with_term.student)
+    assert same(plain.teacher, with_term.teacher)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_term_moves_the_student(name):
+    """The check above is not empty: with a weight the result is another one."""
+    student = network()
+    teach = SemiSAMTerm(total_steps=TOTAL, lam_sam=5.0, warmup=0.0)
+    plain, with_term = build(name, deepcopy(student)), build(f"semisam-{name}", student, term=teach)
+    train(plain)
+    history = train(with_term)
+    assert any(row["semisam"] > 0 for row in history)
+    assert not same(plain.student, with_term.student)
+
+
+@pytest.mark.parametrize("name", ["supervised", *TEACHERS])
+def test_without_unlabeled_samples(name):
+    method = build(name, network())
+    losses = method.losses(batch_of(unlabeled=0), 3)
+    assert set(losses) == {"ce", "dice"}
+
+
+def test_supervised_never_sees_unlabeled_images():
+    """Batch statistics would carry them."""
+    torch.manual_seed(0)
+    first = build("supervised", VNet(in_channels=1, num_classes=2, channels=(2, 4)))
+    second = build("supervised", deepcopy(first.student))
+    changed = [batch_of(seed=s) for s in range(3)]
+    for batch in changed:
+        batch.image[batch.labeled :] = 1e3
+    assert train(first, 3) == train(second, 3, changed)
+    assert same(first.student, second.student)
+
+
+# ---- what the term is given ---------------------------------------------------------------------
+
+
+class Probe:
+    """Stands where the term does and keeps what it was given."""
+
+    def __init__(self):
+        self.calls = []
+        self.diagnostics = {"weight_share": [1.0], "skipped": 0}
+
+    def __call__(self, images_u, logits_u, teacher_probs, *, step, sample_ids, spacing):
+        self.calls.append((images_u, logits_u, teacher_probs, step, sample_ids, spacing))
+        return logits_u.square().mean()
+
+    def state_dict(self):
+        return {"calls": len(self.calls)}
+
+    def load_state_dict(self, state):
+        self.loaded = state
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_term_gets_unlabeled_samples_and_the_teacher(name):
+    probe = Probe()
+    method = build(f"semisam-{name}", network(), term=probe)
+    batch = replace(batch_of(), spacing=(1.0, 1.0, 2.0))
+    losses = method.losses(batch, 5)
+    ((images, logits, probs, step, ids, spacing),) = probe.calls
+    assert torch.equal(images, batch.image[2:])
+    assert (step, ids, spacing) == (5, [102, 103], (1.0, 1.0, 2.0))
+    assert logits.requires_grad
+    assert not probs.requires_grad
+    clean = method.teacher(batch.image[2:]).softmax(1)
+    assert torch.equal(probs, clean) == (name == "mean-teacher")  # UA-MT: the mean of its passes
+    assert torch.allclose(probs.sum(1), torch.ones(()))
+    assert losses["semisam"].item() == pytest.approx(logits.square().mean().item())
+    assert method.state_dict() == {"term": {"calls": 1}}
+    method.load_state_dict({"term": {"calls": 3}})
+    assert probe.loaded == {"calls": 3}
+
+
+# ---- names and options --------------------------------------------------------------------------
+
+
+def test_names():
+    assert methods.canonical_name("semisam-uamt") == "semisam-ua-mt"
+    for name, base in (("supervised", "supervised"), ("mt", "mean-teacher"), ("uamt", "ua-mt")):
+        assert build(name, network()).name == base
+    with pytest.raises(ValueError, match="did you mean 'supervised'"):
+        methods.canonical_name("supervized")
+    with pytest.raises(ValueError, match="expected one of supervised"):
+        methods.canonical_name("semisam-supervised")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mt", {"noise": -1.0}, "noise"),
+        ("mt", {"ema_decay": 1.5}, "limit"),
+        ("ua-mt", {"mc_passes": 0}, "mc_passes"),
+        ("supervised", {"lambda_ce": 0.0, "lambda_dice": 0.0}, "lambda"),
+        ("semisam-mt", {}, "term: expected a SemiSAMTerm"),
+        ("mt", {"term": Probe()}, "term: expected None"),
+    ],
+)
+def test_bad_options_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, network(), **options)
+
+
+def test_a_batch_has_no_place_for_labels_of_unlabeled_samples():
+    assert set(Batch.__dataclass_fields__) == {"image", "label", "ids", "spacing"}
+    assert Method.uses_unlabeled is False
