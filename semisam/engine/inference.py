@@ -272,6 +272,10 @@ class Settings:
     `accumulate` as in `sliding_window`; `uncertainty` asks for a map: the normalised entropy of the mean
     softmax, with `mc` > 0 that of the mean of `mc` passes with dropout (seeded by `seed`). Dropout never
     changes label or probability. `largest_component` keeps each class's largest component.
+
+    >>> from semisam.engine.inference import Settings
+    >>> Settings(stride=(18, 18, 4)).uncertainty
+    False
     """
 
     stride: Sequence[int] | int | None = None
@@ -327,6 +331,20 @@ def predict_case(
 
     Raises CaseError for scans that cannot be read or do not fit the network (number of channels or axes),
     ValueError for settings that do not fit, RuntimeError if the device's memory does not suffice.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from semisam.engine.cases import find_cases
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config
+    >>> from semisam.engine.inference import predict_case
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=0, test=0, shape=(16, 16, 16))
+    >>> meta = {"channels": 1, "num_classes": 2, "spatial_dims": 3}
+    >>> loaded = Loaded(torch.nn.Conv3d(1, 2, 1), Config(), meta, 0, "last", root)
+    >>> prediction = predict_case(loaded, find_cases(root).cases[0])
+    >>> prediction.label.shape, prediction.probability.shape
+    ((16, 16, 16), (2, 16, 16, 16))
     """
     import torch  # noqa: PLC0415
 
@@ -401,7 +419,12 @@ ENDINGS = {"nifti": ".nii.gz", "h5": ".h5", "image": ".png"}
 
 @dataclass
 class Outcome:
-    """What became of a list of cases: ids that were written and skipped, and why others failed."""
+    """What became of a list of cases: ids that were written and skipped, and why others failed.
+
+    >>> from semisam.engine.inference import Outcome
+    >>> print(Outcome(["a", "b"], ["c"]).report())
+    2 predicted, 1 skipped, as their files are there (--overwrite predicts them again)
+    """
 
     written: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -465,6 +488,22 @@ def predict_cases(
 
     Raises ValueError for settings that do not fit the network, and OSError if nothing can be written
     (disk full): what was written before is whole, and the same command goes on from there.
+
+    >>> import pathlib, tempfile
+    >>> import torch
+    >>> from semisam.engine.cases import find_cases
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config
+    >>> from semisam.engine.inference import predict_cases
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=0, test=0, shape=(16, 16, 16))
+    >>> meta = {"channels": 1, "num_classes": 2, "spatial_dims": 3}
+    >>> loaded = Loaded(torch.nn.Conv3d(1, 2, 1), Config(), meta, 0, "last", root)
+    >>> out = pathlib.Path(tempfile.mkdtemp())
+    >>> print(predict_cases(loaded, find_cases(root).cases, out).report())
+    1 predicted
+    >>> len(list(out.glob("*.nii.gz")))
+    1
     """
     _check_settings(loaded, settings)
     place = Path(out)
@@ -632,6 +671,14 @@ def cases_of(
     A folder is a data set of a known layout (then all of its cases) or holds scans; files that end in
     `_0000`, `_0001`, ... are the channels of one case. Words that are neither file nor folder are ids in
     `known`. Raises CaseError naming everything that is not found, and ids that occur twice.
+
+    >>> import pathlib, tempfile
+    >>> from semisam.engine.inference import cases_of
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> for name in ("a_0000.nii.gz", "a_0001.nii.gz"):
+    ...     (folder / name).touch()
+    >>> [(case.id, len(case.images)) for case in cases_of([folder], channels=2)]
+    [('a', 2)]
     """
     found: list[Case] = []
     files: list[Path] = []
@@ -695,6 +742,20 @@ def role_cases(loaded: Any, role: str) -> list[Case]:
 
     The unlabeled ones come without their label, as in training. Raises CaseError if there are none of
     that role, or some are not in the run's data any more.
+
+    >>> import pathlib, tempfile
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config, DataConfig
+    >>> from semisam.engine.files import write_json
+    >>> from semisam.engine.inference import role_cases
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=1, test=1, shape=(16, 16, 16))
+    >>> run = pathlib.Path(tempfile.mkdtemp())
+    >>> name = sorted(p.name for p in (root / "labelsTs").iterdir())[0].removesuffix(".nii.gz")
+    >>> write_json(run / "run.json", {"split": {"test": [name]}})
+    >>> loaded = Loaded(None, Config(data=DataConfig(root=str(root))), {}, 0, "last", run)
+    >>> [case.labeled for case in role_cases(loaded, "test")]
+    [True]
     """
     ids = split_of(loaded.path).get(role, [])
     if not ids:
@@ -726,6 +787,24 @@ def predict_split(
     `network` names the folder; `options` are those of `predict_cases`. Predictions that an earlier state
     of the network made are made again. Returns outcome and folder.
     Raises as `role_cases` and `predict_cases` do.
+
+    >>> import pathlib, tempfile
+    >>> import torch
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config, DataConfig
+    >>> from semisam.engine.files import write_json
+    >>> from semisam.engine.inference import predict_split
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=1, test=1, shape=(16, 16, 16))
+    >>> run = pathlib.Path(tempfile.mkdtemp())
+    >>> name = sorted(p.name for p in (root / "labelsTs").iterdir())[0].removesuffix(".nii.gz")
+    >>> write_json(run / "run.json", {"split": {"test": [name]}})
+    >>> meta = {"channels": 1, "num_classes": 2, "spatial_dims": 3}
+    >>> config = Config(data=DataConfig(root=str(root)))
+    >>> loaded = Loaded(torch.nn.Conv3d(1, 2, 1), config, meta, 0, "last", run)
+    >>> outcome, place = predict_split(loaded, "test")
+    >>> len(outcome.written), str(place.relative_to(run))
+    (1, 'test/last-student/predictions')
     """
     place = split_folder(loaded, role, network) / "predictions"
     return predict_cases(loaded, role_cases(loaded, role), place, settings, renew=True, **options), place
@@ -774,7 +853,16 @@ def _group_files(files: Sequence[Path], channels: int) -> list[Case]:
 def load_run(
     run_dir: str | os.PathLike[str], checkpoint: str = "auto", network: str = "student", device: str = "auto"
 ) -> Any:
-    """Return the network of a run on a device, as `semisam.engine.checkpoint.load` does."""
+    """Return the network of a run on a device, as `semisam.engine.checkpoint.load` does.
+
+    >>> from semisam.engine.checkpoint import CheckpointError
+    >>> from semisam.engine.inference import load_run
+    >>> try:
+    ...     load_run("no/such/run", device="cpu")
+    ... except CheckpointError as error:
+    ...     print(error)
+    no/such/run: expected the folder of a training run, got one without last.ckpt
+    """
     from semisam.engine.checkpoint import load  # noqa: PLC0415
 
     return load(run_dir, checkpoint, network, device_named(device))

@@ -35,6 +35,14 @@ def unlabeled_cases(found: CaseSet, run_root: str, split: Mapping[str, Sequence[
 
     In the folder that a run was trained on these are the run's unlabeled cases, whose labels count as
     hidden; elsewhere those without a label file.
+
+    >>> import tempfile
+    >>> from semisam.engine.cases import find_cases
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> from semisam.engine.pseudo_labels import unlabeled_cases
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=2, test=0, shape=(16, 16, 16))
+    >>> len(unlabeled_cases(find_cases(root), "", {}))
+    2
     """
     everything = {case.id: case for case in (*found.cases, *found.validation, *found.test)}
     own = bool(run_root) and Path(run_root).resolve() == found.root.resolve()
@@ -112,6 +120,22 @@ def pseudo_label(
     that a person has corrected are left as they are; the ranking is written after every case.
 
     Raises OSError if nothing can be written.
+
+    >>> import pathlib, tempfile
+    >>> import torch
+    >>> from semisam.engine.cases import find_cases
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> from semisam.engine.pseudo_labels import pseudo_label
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=2, unlabeled=0, test=0, shape=(16, 16, 16))
+    >>> names = ["background", "organ"]
+    >>> meta = {"channels": 1, "num_classes": 2, "spatial_dims": 3, "class_names": names}
+    >>> loaded = Loaded(torch.nn.Conv3d(1, 2, 1), Config(), meta, 0, "last", root)
+    >>> out = pathlib.Path(tempfile.mkdtemp())
+    >>> _, rows = pseudo_label(loaded, find_cases(root).cases, out)
+    >>> [row["rank"] for row in rows], (out / "dataset.json").is_file()
+    ([1, 2], True)
     """
     place = Path(out)
     place.mkdir(parents=True, exist_ok=True)
