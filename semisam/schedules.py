@@ -51,7 +51,12 @@ def sigmoid_rampup(t: float, length: float) -> float:
 
 
 def consistency_weight(
-    t: float, total_steps: float, *, weight: float = 0.1, length: float | None = None, block: int | None = None
+    t: float,
+    total_steps: float,
+    *,
+    weight: float = 0.1,
+    length: float | None = None,
+    block: int | None = None,
 ) -> float:
     """Return w_con(t), the rising weight of the consistency term of mean-teacher methods.
 
@@ -73,7 +78,12 @@ def consistency_weight(
 
 
 def sam_weight(
-    t: float, total_steps: float, *, weight: float = 0.1, length: float | None = None, block: int | None = None
+    t: float,
+    total_steps: float,
+    *,
+    weight: float = 0.1,
+    length: float | None = None,
+    block: int | None = None,
 ) -> float:
     """Return w_sam(t), the falling weight of the generalist's term: `consistency_weight` in reverse.
 
