@@ -54,7 +54,15 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """One run: its settings, and the folder it goes to."""
+    """One run: its settings, and the folder it goes to.
+
+    >>> from pathlib import Path
+    >>> from semisam.engine.config import Config
+    >>> from semisam.engine.demo import Task
+    >>> task = Task(Config(), Path("semisam-demo/runs/first"))
+    >>> task.title, task.done, task.steps_done()
+    ('SemiSAM-MT, draw 0', False, 0)
+    """
 
     config: Config
     folder: Path
@@ -186,6 +194,14 @@ def demo(
     process of its own). A KeyboardInterrupt leaves what was done; `resume` goes on from there.
 
     Raises DemoError, and what reading data and settings raises.
+
+    >>> import tempfile, pathlib
+    >>> from semisam.engine.demo import demo
+    >>> place = pathlib.Path(tempfile.mkdtemp())
+    >>> (place / "runs/of-yesterday").mkdir(parents=True)
+    >>> demo(place)
+    Traceback (most recent call last):
+    semisam.engine.demo.DemoError: ...: holds runs already: go on with them by --resume, or ...
     """
     place = Path(out)
     runs = place / "runs"
