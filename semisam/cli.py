@@ -20,6 +20,8 @@ COMMANDS: dict[str, str] = {
     "train": "train a specialist on labeled and unlabeled scans",
     "predict": "segment scans with the network of a run",
     "evaluate": "measure predictions against the truth, per case and class",
+    "report": "write report.html of one run, or of several methods and draws",
+    "demo": "train, compare and report on generated volumes, or on your scans",
     "pseudo-label": "label unlabeled scans, the most doubtful first for review",
     "doctor": "show build, backends, threads and versions, and why something is missing",
 }

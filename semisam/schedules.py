@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 BLOCK = 150
-"""Steps that share one value of the two loss weights."""
+"""Steps that share one value of the two loss weights, in trainings of 6000 steps and more."""
 
 
 def sigmoid_rampup(t: float, length: float) -> float:
@@ -51,14 +51,20 @@ def sigmoid_rampup(t: float, length: float) -> float:
 
 
 def consistency_weight(
-    t: float, total_steps: float, *, weight: float = 0.1, length: float | None = None, block: int = BLOCK
+    t: float,
+    total_steps: float,
+    *,
+    weight: float = 0.1,
+    length: float | None = None,
+    block: int | None = None,
 ) -> float:
     """Return w_con(t), the rising weight of the consistency term of mean-teacher methods.
 
         w_con(t) = weight * rho(floor(t / block), R),   R = length, or total_steps / block
 
-    It stays constant over blocks of `block` steps; `length` counts blocks. With the default length it
-    meets `sam_weight` at half of the training.
+    It stays constant over blocks of `block` steps: 150, fewer in trainings of less than 6000 steps, so that
+    the ramp always has 40 of them. `length` counts blocks. With the default length it meets `sam_weight`
+    at half of the training.
 
     Raises ValueError for a negative step, total_steps <= 0, block < 1 or a negative length.
     Papers: Mean Teacher (arXiv 1703.01780), UA-MT (arXiv 1907.07034).
@@ -67,13 +73,17 @@ def consistency_weight(
     ('6.7379e-04', '0.028650')
     """
     _check_step("consistency_weight", t, total_steps)
-    return weight * sigmoid_rampup(
-        t // _block("consistency_weight", block), _length(total_steps, length, block)
-    )
+    block = _block("consistency_weight", block, total_steps)
+    return weight * sigmoid_rampup(t // block, _length(total_steps, length, block))
 
 
 def sam_weight(
-    t: float, total_steps: float, *, weight: float = 0.1, length: float | None = None, block: int = BLOCK
+    t: float,
+    total_steps: float,
+    *,
+    weight: float = 0.1,
+    length: float | None = None,
+    block: int | None = None,
 ) -> float:
     """Return w_sam(t), the falling weight of the generalist's term: `consistency_weight` in reverse.
 
@@ -87,8 +97,8 @@ def sam_weight(
     (0.1, '0.028650', '6.7379e-04')
     """
     _check_step("sam_weight", t, total_steps)
-    left = (total_steps - t) // _block("sam_weight", block)
-    return weight * sigmoid_rampup(left, _length(total_steps, length, block))
+    block = _block("sam_weight", block, total_steps)
+    return weight * sigmoid_rampup((total_steps - t) // block, _length(total_steps, length, block))
 
 
 def warmup(t: float, total_steps: float, fraction: float = 0.05) -> float:
@@ -189,7 +199,9 @@ def _check_step(function: str, t: float, total_steps: float = 1) -> None:
         raise ValueError(f"{function}(): total_steps: expected a finite number above 0, got {total_steps}")
 
 
-def _block(function: str, block: int) -> int:
+def _block(function: str, block: int | None, total_steps: float) -> int:
+    if block is None:
+        return max(1, min(BLOCK, int(total_steps) // 40))
     if block < 1:
         raise ValueError(f"{function}(): block: expected at least 1 step, got {block}")
     return block

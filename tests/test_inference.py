@@ -27,7 +27,7 @@ h5py = pytest.importorskip("h5py")
 Image = pytest.importorskip("PIL.Image")
 ndimage = pytest.importorskip("scipy.ndimage")
 
-from semisam.engine import checkpoint, evaluation, inference  # noqa: E402
+from semisam.engine import checkpoint, evaluation, inference, pseudo_labels  # noqa: E402
 from semisam.engine.cases import CaseError  # noqa: E402
 from semisam.engine.config import Config  # noqa: E402
 from semisam.engine.inference import sliding_window, window_starts  # noqa: E402
@@ -100,7 +100,7 @@ def test_every_stride_of_every_patch_survives_the_rounding_of_an_overlap():
 
     for patch in range(1, 257):
         for stride in range(1, patch + 1):
-            overlap = 0.0 if stride == patch else 1 - (stride + 0.5) / patch
+            overlap = inference._overlap(patch, stride)
             assert _get_scan_interval([patch + 1], [patch], 1, [overlap]) == (stride,)
 
 
@@ -299,7 +299,7 @@ def test_nifti_keeps_its_geometry_and_the_label_is_the_argmax(hippocampus_run, t
     ]
     assert cli.main(words) == 0
     files = sorted(images.iterdir())
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [p.name for p in files]
+    assert sorted(p.name for p in tmp_path.glob("*.nii.gz")) == [p.name for p in files]
     for file in files:
         scan = nib.load(file)
         label, probability, uncertainty = (
@@ -329,6 +329,43 @@ def test_nifti_keeps_its_geometry_and_the_label_is_the_argmax(hippocampus_run, t
     capsys.readouterr()
     assert cli.main(words) == 0
     assert "1 predicted, 2 skipped" in capsys.readouterr().out
+
+
+def with_other_weights(run, place):
+    """The run after more training: the same settings, another network."""
+    shutil.copytree(run, place)
+    state = checkpoint.read(place / "last.ckpt")
+    state["student"] = state["teacher"]
+    checkpoint.save(place / "last.ckpt", state)
+    return place
+
+
+def test_labels_of_another_network_or_of_a_person_are_left_alone(hippocampus_run, tmp_path, capsys):
+    images = Path(json_config(hippocampus_run)["data"]["root"]) / "imagesTr"
+    out = tmp_path / "out"
+    words = [str(images), "--out", str(out)]
+    assert cli.main(["predict", str(hippocampus_run), *words]) == 0
+    corrected = out / "hippocampus_003.nii.gz"
+    image = nib.load(corrected)
+    array = np.asarray(image.dataobj).copy()
+    array[:3] = 2
+    nib.save(nib.Nifti1Image(array, image.affine), corrected)
+    before = {p: p.read_bytes() for p in out.glob("*.gz")}
+    (out / "predictions.jsonl").open("a").write('{"case": "hippocampus_0')  # a line that a kill has cut
+    capsys.readouterr()
+    assert cli.main(["predict", str(hippocampus_run), *words, "--uncertainty"]) == 0
+    assert "2 predicted, 1 left as they are" in capsys.readouterr().out
+    assert cli.main(["predict", str(hippocampus_run), *words, "--uncertainty"]) == 0
+    assert "0 predicted, 2 skipped" in capsys.readouterr().out
+    other = with_other_weights(hippocampus_run, tmp_path / "other")
+    for more in ([], ["--probability"], ["--stride", "8"]):
+        assert cli.main(["predict", str(other), *words, *more]) == 0
+        assert "0 predicted, 3 left as they are" in capsys.readouterr().out
+    assert before == {p: p.read_bytes() for p in out.glob("*.gz")}
+    assert cli.main(["predict", str(hippocampus_run), *words, "--stride", "8"]) == 0
+    assert "3 left as they are" in capsys.readouterr().out
+    assert cli.main(["predict", str(other), *words, "--overwrite"]) == 0
+    assert all(p.read_bytes() != old for p, old in before.items())
 
 
 def json_config(run):
@@ -462,10 +499,10 @@ def test_polyp_pictures(tmp_path):
 def test_ids_of_the_run_and_its_test_cases(hippocampus_run, tmp_path, capsys):
     words = ["predict", str(hippocampus_run), "hippocampus_003", "--out", str(tmp_path)]
     assert cli.main(words) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["hippocampus_003.nii.gz"]
+    assert [p.name for p in tmp_path.glob("*.gz")] == ["hippocampus_003.nii.gz"]
     assert cli.main(["predict", str(hippocampus_run)]) == 0
     folder = hippocampus_run / "test" / "last-student" / "predictions"
-    assert [p.name for p in folder.iterdir()] == ["hippocampus_243.nii.gz"]
+    assert [p.name for p in folder.glob("*.gz")] == ["hippocampus_243.nii.gz"]
     assert cli.main(["predict", str(hippocampus_run), "--role", "validation"]) == 1
     assert "has no validation cases" in capsys.readouterr().err
     assert cli.main(["predict", str(hippocampus_run), "nobody", "elsewhere", "--out", str(tmp_path)]) == 1
@@ -497,8 +534,9 @@ def test_labels_of_data_sets_are_not_opened(hippocampus_run, tmp_path):
     data = some_hippocampus(tmp_path / "data")
     for file in (data / "labelsTr").iterdir():
         file.write_bytes(b"not a label")
+    assert all(case.label is None for case in inference.cases_of([data]))
     assert cli.main(["predict", str(hippocampus_run), str(data), "--out", str(tmp_path / "out")]) == 0
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 3
 
 
 # ---- faults -------------------------------------------------------------------------------------
@@ -522,7 +560,7 @@ def test_broken_scans_do_not_stop_the_others(hippocampus_run, tmp_path, capsys):
         line = next(line for line in out.splitlines() if line.startswith(f"  {name}:"))
         assert word in line
         assert "Traceback" not in line
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 3
 
 
 def test_wrong_number_of_channels_is_named(hippocampus_run, tmp_path, capsys):
@@ -605,10 +643,10 @@ def test_dropout_passes_change_the_uncertainty_alone(tmp_path):
     case = inference.cases_of([data_dir("hippocampus") / "imagesTr" / "hippocampus_001.nii.gz"])[0]
     plain = inference.predict_case(loaded, case, inference.Settings(uncertainty=True))
     state = torch.get_rng_state()
-    a, b = (
-        inference.predict_case(loaded, case, inference.Settings(uncertainty=True, mc=3)) for _ in range(2)
-    )
+    a = inference.predict_case(loaded, case, inference.Settings(uncertainty=True, mc=3))
     assert torch.equal(state, torch.get_rng_state())
+    torch.rand(1)
+    b = inference.predict_case(loaded, case, inference.Settings(uncertainty=True, mc=3))
     assert (plain.probability == a.probability).all()
     assert (plain.label == a.label).all()
     assert (a.uncertainty == b.uncertainty).all(), "the same seed gives the same passes"
@@ -640,7 +678,9 @@ def ranking(folder):
         return list(csv.DictReader(f))
 
 
-def test_pseudo_labels_are_ranked_by_doubt(hippocampus_run, tmp_path, capsys):
+@pytest.fixture
+def unlabeled_scans(tmp_path):
+    """Four real cases, three of them without a label; 004 has no voxel above the network's thresholds."""
     data = some_hippocampus(tmp_path / "data", ("001", "003", "004", "006"))
     for name in ("001", "003", "004"):
         (data / "labelsTr" / f"hippocampus_{name}.nii.gz").unlink()
@@ -649,9 +689,12 @@ def test_pseudo_labels_are_ranked_by_doubt(hippocampus_run, tmp_path, capsys):
     flat[:2] = -1.0  # two slabs: no voxel reaches the threshold of 0.5
     flat[2:] = 0.01
     nib.save(nib.Nifti1Image(flat, nothing.affine), data / "imagesTr" / "hippocampus_004.nii.gz")
-    out = tmp_path / "out"
-    words = ["pseudo-label", str(hippocampus_run), str(data), "--out", str(out)]
-    assert cli.main(words) == 0
+    return data
+
+
+def test_pseudo_labels_are_ranked_by_doubt(hippocampus_run, unlabeled_scans, tmp_path):
+    data, out = unlabeled_scans, tmp_path / "out"
+    assert cli.main(["pseudo-label", str(hippocampus_run), str(data), "--out", str(out)]) == 0
     rows = ranking(out)
     assert [row["rank"] for row in rows] == ["1", "2", "3"]
     assert rows[0]["case"] == "hippocampus_004"
@@ -682,6 +725,19 @@ def test_pseudo_labels_are_ranked_by_doubt(hippocampus_run, tmp_path, capsys):
     for entry in content["dataset"].values():
         assert (out / entry["label"]).is_file()
         assert all(Path(image).is_file() for image in entry["images"])
+
+
+def test_empty_predictions_come_first_however_sure_the_network_is():
+    doubts = {"a": (0, 0.9), "b": (1, 0.1), "c": (0, 0.95)}
+    rows = {case: {"case": case, "empty": e, "mean_uncertainty": u} for case, (e, u) in doubts.items()}
+    assert [row["case"] for row in pseudo_labels._ranked(rows)] == ["b", "c", "a"]
+
+
+def test_pseudo_labels_go_on_where_they_stopped(hippocampus_run, unlabeled_scans, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["pseudo-label", str(hippocampus_run), str(unlabeled_scans), "--out", str(out)]
+    assert cli.main(words) == 0
+    rows = ranking(out)
     capsys.readouterr()
     assert cli.main(words) == 0
     assert "0 predicted, 3 skipped" in capsys.readouterr().out
@@ -690,6 +746,45 @@ def test_pseudo_labels_are_ranked_by_doubt(hippocampus_run, tmp_path, capsys):
     assert cli.main(words) == 0
     assert "1 predicted, 2 skipped" in capsys.readouterr().out
     assert ranking(out) == rows
+    (out / "ranking.csv").unlink()  # a kill before the row was written
+    assert cli.main(words) == 0
+    assert ranking(out) == rows
+    corrected = out / "pseudo" / f"{rows[1]['case']}.nii.gz"
+    image = nib.load(corrected)
+    nib.save(nib.Nifti1Image(np.ones(image.shape, np.uint8), image.affine), corrected)
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    assert "2 skipped" in (out_text := capsys.readouterr().out)
+    assert "1 left as they are" in out_text
+    assert np.asarray(nib.load(corrected).dataobj).all()
+
+
+def test_pseudo_labels_of_h5_and_pictures(tmp_path):
+    with h5py.File(tmp_path / "scan.h5", "w") as f:
+        f["image"] = np.random.default_rng(0).normal(size=(20, 18, 16)).astype(np.float32)
+    volumes = make_run(
+        tmp_path / "run3", specialist=CONV3, patch=(16, 16, 16), classes=2, weights=grey_levels((1.0,))
+    )
+    assert cli.main(["pseudo-label", str(volumes), str(tmp_path), "--out", str(tmp_path / "a")]) == 0
+    with h5py.File(tmp_path / "a" / "pseudo" / "scan.h5") as f:
+        assert sorted(f) == ["label", "uncertainty"]
+    assert not (tmp_path / "a" / "dataset.json").exists()
+    assert ranking(tmp_path / "a")[0]["foreground_ml"] == ""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    shutil.copy(sorted((data_dir("polyp") / "cvc_clinicdb" / "images").iterdir())[0], pictures / "a.jpg")
+    run = make_run(
+        tmp_path / "run2",
+        specialist=CONV2,
+        patch=(64, 64),
+        classes=2,
+        channels=3,
+        dims=2,
+        weights=grey_levels((1.0,), dims=2, channels=3),
+    )
+    assert cli.main(["pseudo-label", str(run), str(pictures), "--out", str(tmp_path / "b")]) == 0
+    assert (tmp_path / "b" / "pseudo" / "a.png").is_file()
+    assert (tmp_path / "b" / "uncertainty" / "a.png").is_file()
 
 
 def test_pseudo_labels_of_the_run_s_own_data_are_those_of_its_unlabeled_cases(
@@ -750,6 +845,14 @@ def test_evaluate_run_predicts_and_measures_twice(tmp_path, capsys):
         assert raw["per_class"][f"class {c}"]["hd95"] == direct["per_class"][str(c)]["hd95"]
     largest = json.loads((run / "test" / "last-student-largest-component" / "summary.json").read_text())
     assert largest["per_class"]["class 1"]["dice"]["mean"] != raw["per_class"]["class 1"]["dice"]["mean"]
+    state = checkpoint.read(run / "last.ckpt")
+    state["student"] = state["teacher"]
+    checkpoint.save(run / "last.ckpt", state)
+    assert cli.main(["evaluate", "--run", str(run)]) == 0
+    assert "2 predicted" in capsys.readouterr().out, "scores are of the network as it is now"
+    assert json.loads((place / "summary.json").read_text())["per_class"] != raw["per_class"]
+    assert cli.main(["evaluate", "--run", str(run), "--definition", "monai"]) == 0
+    assert "0 predicted, 2 skipped" in capsys.readouterr().out
     (data / "labelsTr" / f"{ids[2]}.nii.gz").unlink()
     assert cli.main(["evaluate", "--run", str(run)]) == 1
     assert f"{ids[2]}: has no label" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 """Copy a folder of cases into another layout.
 
 nnunet (imagesTr, labelsTr, ...), h5 (train.list and h5 files, as UA-MT and SSL4MIS read them) or images
-(images/ and masks/, 2-D). What the layout cannot hold is refused, nothing is ever overwritten, and the new folder
+(images/ and masks/, 2-D). What the layout cannot hold is refused, nothing is overwritten, and the new folder
 appears when it is complete.
 
 examples:

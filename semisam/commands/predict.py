@@ -5,7 +5,9 @@ INPUT is a scan, a folder of scans, a data set (nnU-Net, h5 lists, images) or th
 data; without INPUT the run's test cases are taken. Outputs are named by case ids: NIfTI in gives NIfTI out
 with the same affine and header geometry (labels uint8), h5 gives h5 (keys label, probability,
 uncertainty), pictures give PNG. --probability adds probability/ID (NIfTI: float32, 4-D, classes on the last
-axis), --uncertainty adds uncertainty/ID (0 sure, 1 no idea). Files that are there already are skipped.
+axis), --uncertainty adds uncertainty/ID (0 sure, 1 no idea). Files that are there already are skipped, those
+by another network or by hand, too (predictions.jsonl says who made what); only in the run's own folder are
+predictions of an earlier state of the network made again.
 Broken inputs do not stop the others; they are listed at the end, and the exit code is then 1.
 
 examples:
@@ -118,7 +120,10 @@ def _predict(options: argparse.Namespace, settings: Any) -> int:
         cases = inference.role_cases(loaded, role)
     out = options.out or inference.split_folder(loaded, role, options.network) / "predictions"
     outcome = inference.predict_cases(
-        loaded, cases, out, settings, probability=options.probability, overwrite=options.overwrite
+        *(loaded, cases, out, settings),
+        probability=options.probability,
+        overwrite=options.overwrite,
+        renew=options.out is None,
     )
     print(outcome.report())
     print(f"in {out}")

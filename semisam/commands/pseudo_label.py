@@ -6,7 +6,8 @@ trained on these are its unlabeled cases. Written to DIR: pseudo/ID (labels), un
 entropy: 0 sure, 1 no idea; h5 scans keep it in the file of the label) and ranking.csv, the most doubtful
 case first: mean uncertainty around the predicted object and over the whole volume, its size, number of
 components, and the Dice between student and teacher. For NIfTI scans dataset.json makes DIR an nnU-Net
-(v2) data set: link or move it to nnUNet_raw/DatasetXXX_Name. Cases that are done are skipped.
+(v2) data set: link or move it to nnUNet_raw/DatasetXXX_Name. Cases that are done are skipped, and labels that
+you have corrected in pseudo/ are left as they are.
 
 examples:
   semisam pseudo-label runs/hippocampus-4 data/hippocampus --out pseudo

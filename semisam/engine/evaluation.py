@@ -405,6 +405,16 @@ def match_folders(
 
     A truth without a prediction is a problem, with `only_predicted` a note; a prediction without a truth
     is a note, a problem if no prediction has one.
+
+    >>> import pathlib, tempfile
+    >>> from semisam.engine.evaluation import match_folders
+    >>> root = pathlib.Path(tempfile.mkdtemp())
+    >>> for name in ("pred/a.nii.gz", "truth/a.nii.gz", "truth/b.nii.gz"):
+    ...     (root / name).parent.mkdir(exist_ok=True)
+    ...     (root / name).touch()
+    >>> pairs, problems, _ = match_folders(root / "pred", root / "truth")
+    >>> [pair.case for pair in pairs], len(problems)
+    (['a'], 1)
     """
     found, real = _label_files(Path(prediction)), _label_files(Path(truth))
     if Path(prediction).is_file() and Path(truth).is_file():
@@ -522,6 +532,14 @@ def evaluate_pairs(
     (mm per axis) is used where a file has none; `unit="voxels"` ignores all spacings. `label_map`
     {value in the truth's file: class} is applied to truths. `problems` are known ones, to be reported with
     what is found. Raises EvaluationError as `evaluate_folders` does.
+
+    >>> import pathlib, tempfile
+    >>> import nibabel, numpy as np
+    >>> from semisam.engine.evaluation import Pair, evaluate_pairs
+    >>> place = pathlib.Path(tempfile.mkdtemp()) / "a.nii.gz"
+    >>> nibabel.save(nibabel.Nifti1Image(np.pad(np.ones((4, 4, 4), np.uint8), 3), np.eye(4)), place)
+    >>> evaluate_pairs([Pair("a", place, place)], show=False).rows[0]["dice"]
+    1.0
     """
     if definition not in metrics._DEFINITIONS or unit not in ("auto", "mm", "voxels") or not tolerance >= 0:
         raise ValueError(
@@ -581,7 +599,7 @@ def _check(
     spacings: dict[str, tuple[float, ...] | None] = {}
     seen: set[int] = set()
     predicted: dict[str, set[int]] = {}
-    for pair in progress(pairs, label="check", show=show):
+    for pair in progress(pairs, label="check", show=show and bool(pairs)):
         try:
             prediction, truth = read(pair.prediction), read(pair.truth, truth=True)
         except ValueError as error:
@@ -639,6 +657,26 @@ def evaluate_run(
     largest component alone. `options` are those of `evaluate_pairs`. Classes and label map are the run's.
 
     Raises EvaluationError as `evaluate_pairs` does, and CaseError as `semisam.engine.inference.role_cases`.
+
+    >>> import pathlib, tempfile
+    >>> import torch
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config, DataConfig
+    >>> from semisam.engine.evaluation import evaluate_run
+    >>> from semisam.engine.files import write_json
+    >>> from semisam.engine.inference import predict_split
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=1, test=1, shape=(16, 16, 16))
+    >>> run = pathlib.Path(tempfile.mkdtemp())
+    >>> name = sorted(p.name for p in (root / "labelsTs").iterdir())[0].removesuffix(".nii.gz")
+    >>> write_json(run / "run.json", {"split": {"test": [name]}})
+    >>> names = ["background", "organ"]
+    >>> meta = {"channels": 1, "num_classes": 2, "spatial_dims": 3, "class_names": names}
+    >>> config = Config(data=DataConfig(root=str(root)))
+    >>> loaded = Loaded(torch.nn.Conv3d(1, 2, 1), config, meta, 0, "last", run)
+    >>> _ = predict_split(loaded, "test")
+    >>> [folder.name for folder in evaluate_run(loaded, "test", show=False)]
+    ['last-student', 'last-student-largest-component']
     """
     place = inference.split_folder(loaded, role, network)
     problems: list[str] = []

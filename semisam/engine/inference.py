@@ -8,13 +8,14 @@ Only the network is used here: no generalist and no prompt. The steps of a case 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from semisam.engine.files import atomic
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress as reported
 from semisam.engine.progress import say
+from semisam.engine.record import sha256
 from semisam.engine.scans import H5, NIFTI, PICTURES, stem_of, suffix_of
 
 __all__ = [
@@ -142,8 +144,7 @@ def sliding_window(
             )
         return logits.float().softmax(1)
 
-    # MONAI takes int(patch (1 - overlap)) as stride: half a voxel more than asked survives rounding.
-    overlap = [0.0 if s == p else 1 - (s + 0.5) / p for p, s in zip(patch, strides, strict=True)]
+    overlap = [_overlap(p, s) for p, s in zip(patch, strides, strict=True)]
     try:
         with _evaluation(network, dropout), torch.no_grad():
             result: Any = sliding_window_inference(
@@ -180,6 +181,11 @@ def _strides(patch: tuple[int, ...], stride: Sequence[int] | int | None) -> tupl
             f"got {stride}"
         )
     return strides
+
+
+def _overlap(patch: int, stride: int) -> float:
+    """MONAI takes int(patch (1 - overlap)) as stride: half a voxel more than asked survives rounding."""
+    return 0.0 if stride == patch else 1 - (stride + 0.5) / patch
 
 
 def _device_of(network: Any) -> Any:
@@ -266,6 +272,10 @@ class Settings:
     `accumulate` as in `sliding_window`; `uncertainty` asks for a map: the normalised entropy of the mean
     softmax, with `mc` > 0 that of the mean of `mc` passes with dropout (seeded by `seed`). Dropout never
     changes label or probability. `largest_component` keeps each class's largest component.
+
+    >>> from semisam.engine.inference import Settings
+    >>> Settings(stride=(18, 18, 4)).uncertainty
+    False
     """
 
     stride: Sequence[int] | int | None = None
@@ -321,12 +331,25 @@ def predict_case(
 
     Raises CaseError for scans that cannot be read or do not fit the network (number of channels or axes),
     ValueError for settings that do not fit, RuntimeError if the device's memory does not suffice.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from semisam.engine.cases import find_cases
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config
+    >>> from semisam.engine.inference import predict_case
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=0, test=0, shape=(16, 16, 16))
+    >>> meta = {"channels": 1, "num_classes": 2, "spatial_dims": 3}
+    >>> loaded = Loaded(torch.nn.Conv3d(1, 2, 1), Config(), meta, 0, "last", root)
+    >>> prediction = predict_case(loaded, find_cases(root).cases[0])
+    >>> prediction.label.shape, prediction.probability.shape
+    ((16, 16, 16), (2, 16, 16, 16))
     """
     import torch  # noqa: PLC0415
 
     network, config, meta = loaded.network, loaded.config, loaded.meta
-    if settings.mc and not _dropouts(network):
-        raise ValueError("mc: the network has no dropout layer: every pass would be the same; leave mc out")
+    _check_settings(loaded, settings)
     volume = read_image(replace(case, label=None, channels=int(meta["channels"])))
     _check_axes(case, volume, int(meta["spatial_dims"]))
     # The slices of a stack come first in h5 files, last in NIfTI files.
@@ -363,6 +386,12 @@ def predict_case(
     return Prediction(label, probability, uncertainty, volume)
 
 
+def _check_settings(loaded: Any, settings: Settings) -> None:
+    _strides(tuple(loaded.config.train.patch_size), settings.stride)
+    if settings.mc and not _dropouts(loaded.network):
+        raise ValueError("mc: the network has no dropout layer: every pass would be the same; leave mc out")
+
+
 def _axis_first(volume: Volume, axis: int) -> Volume:
     """The scan with one of its axes moved to the front."""
     if axis == 0:
@@ -390,17 +419,23 @@ ENDINGS = {"nifti": ".nii.gz", "h5": ".h5", "image": ".png"}
 
 @dataclass
 class Outcome:
-    """What became of a list of cases: ids that were written and skipped, and why others failed."""
+    """What became of a list of cases: ids that were written and skipped, and why others failed.
+
+    >>> from semisam.engine.inference import Outcome
+    >>> print(Outcome(["a", "b"], ["c"]).report())
+    2 predicted, 1 skipped, as their files are there (--overwrite predicts them again)
+    """
 
     written: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)  # skipped, but not made by this network and settings
     failed: dict[str, str] = field(default_factory=dict)
 
     def report(self) -> str:
         """Return the counts, and a line for every case that failed.
 
         >>> from semisam.engine.inference import Outcome
-        >>> print(Outcome(["a", "b"], [], {"c": "cannot be read"}).report())
+        >>> print(Outcome(["a", "b"], failed={"c": "cannot be read"}).report())
         2 predicted, 1 failed:
           c: cannot be read
         """
@@ -408,6 +443,11 @@ class Outcome:
         if self.skipped:
             parts.append(
                 f"{len(self.skipped)} skipped, as their files are there (--overwrite predicts them again)"
+            )
+        if self.foreign:
+            parts.append(
+                f"{len(self.foreign)} left as they are, though another network, other settings or a person "
+                "made them (--overwrite predicts them again)"
             )
         if self.failed:
             parts.append(f"{len(self.failed)} failed:")
@@ -428,6 +468,8 @@ def predict_cases(
     *,
     probability: bool = False,
     overwrite: bool = False,
+    renew: bool = False,
+    redo: Collection[str] = (),
     each: Callable[[Case, Prediction], None] | None = None,
     label_folder: str = "",
 ) -> Outcome:
@@ -440,27 +482,110 @@ def predict_cases(
     `label_folder` in `out`. Cases whose files are all there are skipped unless `overwrite`. `each` is
     called with every prediction after its files were written.
 
-    Raises OSError if nothing can be written (disk full): what was written before is whole, and the same
-    command goes on from there.
+    `predictions.jsonl` in `out` has a line for every case with the network and settings behind it. Labels
+    that something else made (another network, a person's corrections) are left as they are, too, and
+    counted in the outcome; with `renew` they are predicted again. `redo` are ids not to skip.
+
+    Raises ValueError for settings that do not fit the network, and OSError if nothing can be written
+    (disk full): what was written before is whole, and the same command goes on from there.
+
+    >>> import pathlib, tempfile
+    >>> import torch
+    >>> from semisam.engine.cases import find_cases
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config
+    >>> from semisam.engine.inference import predict_cases
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=0, test=0, shape=(16, 16, 16))
+    >>> meta = {"channels": 1, "num_classes": 2, "spatial_dims": 3}
+    >>> loaded = Loaded(torch.nn.Conv3d(1, 2, 1), Config(), meta, 0, "last", root)
+    >>> out = pathlib.Path(tempfile.mkdtemp())
+    >>> print(predict_cases(loaded, find_cases(root).cases, out).report())
+    1 predicted
+    >>> len(list(out.glob("*.nii.gz")))
+    1
     """
+    _check_settings(loaded, settings)
     place = Path(out)
     outcome = Outcome()
+    maker = _maker(loaded, settings)
+    made = _makers(place)
     for case in reported(cases, label="predict"):
         names = _outputs(case, place, label_folder, probability, settings.uncertainty)
-        if not overwrite and all(path.is_file() for path in names.values()) and _complete(case, names):
+        label = names["label"]
+        mine = label.is_file() and _same(made.get(case.id), {**maker, "sha256": sha256(label)})
+        if mine and not overwrite and case.id not in redo and _there(case, names):
             outcome.skipped.append(case.id)
             continue
+        if label.is_file() and not (mine or overwrite or renew):
+            outcome.foreign.append(case.id)
+            continue
         try:
-            prediction = predict_case(loaded, case, settings, progress=True)
+            prediction = predict_case(loaded, case, settings, progress=len(cases) == 1)
         except (CaseError, ValueError, RuntimeError, MemoryError) as error:
             outcome.failed[case.id] = " ".join(str(error).split()) or type(error).__name__
             say(f"failed: {reason_of(case.id, outcome.failed[case.id])}")
             continue
         _write(case, prediction, names)
+        _append(place / RECORD, {"case": case.id, "sha256": sha256(label), **maker})
         outcome.written.append(case.id)
         if each is not None:
             each(case, prediction)
     return outcome
+
+
+RECORD = "predictions.jsonl"
+
+
+def _append(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line; one that a kill has cut stays a line of its own."""
+    with path.open("a+b") as file:
+        file.seek(max(file.tell() - 1, 0))
+        cut = file.read(1) not in (b"", b"\n")
+        file.write((b"\n" if cut else b"") + json.dumps(entry).encode() + b"\n")
+
+
+def _maker(loaded: Any, settings: Settings) -> dict[str, Any]:
+    """What decides about a prediction, and where it came from."""
+    digest = hashlib.sha256()
+    for name, tensor in loaded.network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().numpy().tobytes())
+    data, train = loaded.config.data, loaded.config.train
+    doubt = {"mc": settings.mc, "seed": settings.seed} if settings.uncertainty else None
+    made: dict[str, Any] = {
+        "weights": digest.hexdigest(),
+        "patch_size": list(train.patch_size),
+        "stride": list(_strides(tuple(train.patch_size), settings.stride)),
+        "spacing": data.spacing,
+        "normalize": data.normalize,
+        "largest_component": settings.largest_component,
+        "uncertainty": doubt,
+    }
+    origin = {"run": str(Path(loaded.path).resolve()), "checkpoint": loaded.checkpoint, "step": loaded.step}
+    return {**made, **origin}
+
+
+def _same(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> bool:
+    """Whether two predictions of a case would be equal, maps that only one of them has left out."""
+    if old is None:
+        return False
+    keys = ["sha256", "weights", "patch_size", "stride", "spacing", "normalize", "largest_component"]
+    keys += ["uncertainty"] if old.get("uncertainty") and new["uncertainty"] else []
+    return all(old.get(key) == new[key] for key in keys)
+
+
+def _makers(out: Path) -> dict[str, dict[str, Any]]:
+    """The last line of every case in the record; a line that was cut by a kill is no line."""
+    found: dict[str, dict[str, Any]] = {}
+    if (out / RECORD).is_file():
+        for line in (out / RECORD).read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                found[str(entry["case"])] = entry
+            except (ValueError, KeyError, TypeError):
+                continue
+    return found
 
 
 def _outputs(case: Case, out: Path, label: str, probability: bool, uncertainty: bool) -> dict[str, Path]:
@@ -476,8 +601,10 @@ def _outputs(case: Case, out: Path, label: str, probability: bool, uncertainty: 
     return names
 
 
-def _complete(case: Case, names: Mapping[str, Path]) -> bool:
-    """Whether an h5 file has all keys."""
+def _there(case: Case, names: Mapping[str, Path]) -> bool:
+    """Whether all outputs of a case are there; those of h5 files are keys."""
+    if not all(path.is_file() for path in names.values()):
+        return False
     if case.kind != "h5":
         return True
     import h5py  # noqa: PLC0415
@@ -544,6 +671,14 @@ def cases_of(
     A folder is a data set of a known layout (then all of its cases) or holds scans; files that end in
     `_0000`, `_0001`, ... are the channels of one case. Words that are neither file nor folder are ids in
     `known`. Raises CaseError naming everything that is not found, and ids that occur twice.
+
+    >>> import pathlib, tempfile
+    >>> from semisam.engine.inference import cases_of
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> for name in ("a_0000.nii.gz", "a_0001.nii.gz"):
+    ...     (folder / name).touch()
+    >>> [(case.id, len(case.images)) for case in cases_of([folder], channels=2)]
+    [('a', 2)]
     """
     found: list[Case] = []
     files: list[Path] = []
@@ -607,6 +742,20 @@ def role_cases(loaded: Any, role: str) -> list[Case]:
 
     The unlabeled ones come without their label, as in training. Raises CaseError if there are none of
     that role, or some are not in the run's data any more.
+
+    >>> import pathlib, tempfile
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config, DataConfig
+    >>> from semisam.engine.files import write_json
+    >>> from semisam.engine.inference import role_cases
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=1, test=1, shape=(16, 16, 16))
+    >>> run = pathlib.Path(tempfile.mkdtemp())
+    >>> name = sorted(p.name for p in (root / "labelsTs").iterdir())[0].removesuffix(".nii.gz")
+    >>> write_json(run / "run.json", {"split": {"test": [name]}})
+    >>> loaded = Loaded(None, Config(data=DataConfig(root=str(root))), {}, 0, "last", run)
+    >>> [case.labeled for case in role_cases(loaded, "test")]
+    [True]
     """
     ids = split_of(loaded.path).get(role, [])
     if not ids:
@@ -635,11 +784,30 @@ def predict_split(
 ) -> tuple[Outcome, Path]:
     """Predict the cases of a run's role into RUN/role/checkpoint-network/predictions.
 
-    `network` names the folder; `options` are those of `predict_cases`. Returns outcome and folder.
+    `network` names the folder; `options` are those of `predict_cases`. Predictions that an earlier state
+    of the network made are made again. Returns outcome and folder.
     Raises as `role_cases` and `predict_cases` do.
+
+    >>> import pathlib, tempfile
+    >>> import torch
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config, DataConfig
+    >>> from semisam.engine.files import write_json
+    >>> from semisam.engine.inference import predict_split
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=1, test=1, shape=(16, 16, 16))
+    >>> run = pathlib.Path(tempfile.mkdtemp())
+    >>> name = sorted(p.name for p in (root / "labelsTs").iterdir())[0].removesuffix(".nii.gz")
+    >>> write_json(run / "run.json", {"split": {"test": [name]}})
+    >>> meta = {"channels": 1, "num_classes": 2, "spatial_dims": 3}
+    >>> config = Config(data=DataConfig(root=str(root)))
+    >>> loaded = Loaded(torch.nn.Conv3d(1, 2, 1), config, meta, 0, "last", run)
+    >>> outcome, place = predict_split(loaded, "test")
+    >>> len(outcome.written), str(place.relative_to(run))
+    (1, 'test/last-student/predictions')
     """
     place = split_folder(loaded, role, network) / "predictions"
-    return predict_cases(loaded, role_cases(loaded, role), place, settings, **options), place
+    return predict_cases(loaded, role_cases(loaded, role), place, settings, renew=True, **options), place
 
 
 def _folder(path: Path) -> Sequence[Case | Path]:
@@ -685,7 +853,16 @@ def _group_files(files: Sequence[Path], channels: int) -> list[Case]:
 def load_run(
     run_dir: str | os.PathLike[str], checkpoint: str = "auto", network: str = "student", device: str = "auto"
 ) -> Any:
-    """Return the network of a run on a device, as `semisam.engine.checkpoint.load` does."""
+    """Return the network of a run on a device, as `semisam.engine.checkpoint.load` does.
+
+    >>> from semisam.engine.checkpoint import CheckpointError
+    >>> from semisam.engine.inference import load_run
+    >>> try:
+    ...     load_run("no/such/run", device="cpu")
+    ... except CheckpointError as error:
+    ...     print(error)
+    no/such/run: expected the folder of a training run, got one without last.ckpt
+    """
     from semisam.engine.checkpoint import load  # noqa: PLC0415
 
     return load(run_dir, checkpoint, network, device_named(device))

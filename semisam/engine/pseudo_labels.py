@@ -35,6 +35,14 @@ def unlabeled_cases(found: CaseSet, run_root: str, split: Mapping[str, Sequence[
 
     In the folder that a run was trained on these are the run's unlabeled cases, whose labels count as
     hidden; elsewhere those without a label file.
+
+    >>> import tempfile
+    >>> from semisam.engine.cases import find_cases
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> from semisam.engine.pseudo_labels import unlabeled_cases
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=2, test=0, shape=(16, 16, 16))
+    >>> len(unlabeled_cases(find_cases(root), "", {}))
+    2
     """
     everything = {case.id: case for case in (*found.cases, *found.validation, *found.test)}
     own = bool(run_root) and Path(run_root).resolve() == found.root.resolve()
@@ -108,10 +116,26 @@ def pseudo_label(
     uncertainty of the file in `pseudo`), `ranking.csv` (empty predictions first, then by falling
     mean_uncertainty) and, for NIfTI scans with one file per channel, `dataset.json`, with which the folder
     is an nnU-Net (v2) data set. With `teacher` (another `Loaded`) the ranking has the Dice between both
-    networks' labels. A case with files and a row in ranking.csv is skipped unless `overwrite`; the
-    ranking is written after every case.
+    networks' labels. A case with files and a row in ranking.csv is skipped unless `overwrite`, and labels
+    that a person has corrected are left as they are; the ranking is written after every case.
 
     Raises OSError if nothing can be written.
+
+    >>> import pathlib, tempfile
+    >>> import torch
+    >>> from semisam.engine.cases import find_cases
+    >>> from semisam.engine.checkpoint import Loaded
+    >>> from semisam.engine.config import Config
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> from semisam.engine.pseudo_labels import pseudo_label
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=2, unlabeled=0, test=0, shape=(16, 16, 16))
+    >>> names = ["background", "organ"]
+    >>> meta = {"channels": 1, "num_classes": 2, "spatial_dims": 3, "class_names": names}
+    >>> loaded = Loaded(torch.nn.Conv3d(1, 2, 1), Config(), meta, 0, "last", root)
+    >>> out = pathlib.Path(tempfile.mkdtemp())
+    >>> _, rows = pseudo_label(loaded, find_cases(root).cases, out)
+    >>> [row["rank"] for row in rows], (out / "dataset.json").is_file()
+    ([1, 2], True)
     """
     place = Path(out)
     place.mkdir(parents=True, exist_ok=True)
@@ -130,20 +154,10 @@ def pseudo_label(
         rows[case.id] = row
         write_text(place / "ranking.csv", _csv(_ranked(rows)))
 
-    outcome = Outcome()
-    done = [case for case in cases if case.id in rows]
-    parts = [(done, False), ([case for case in cases if case.id not in rows], True)]
-    for some, again in parts:
-        if some:
-            part = predict_cases(
-                *(student, some, place, chosen),
-                overwrite=again or overwrite,
-                each=add,
-                label_folder="pseudo",
-            )
-            outcome.written += part.written
-            outcome.skipped += part.skipped
-            outcome.failed |= part.failed
+    new = [case.id for case in cases if case.id not in rows]
+    outcome = predict_cases(
+        student, cases, place, chosen, overwrite=overwrite, redo=new, each=add, label_folder="pseudo"
+    )
     ranked = _ranked(rows)
     write_text(place / "ranking.csv", _csv(ranked))
     made = [case for case in cases if case.id in rows]

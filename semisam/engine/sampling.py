@@ -123,21 +123,18 @@ class PatchSource:
         `ids` are slot + batch size x step (mod 2^32), the same as in a run with one rank. Raises CaseError
         for a scan or label that cannot be used.
         """
-        import torch  # noqa: PLC0415
+        return _as_tensors(self.arrays(step), self.spacing)
 
+    def arrays(self, step: int) -> tuple[Array, Array, tuple[int, ...]]:
+        """Image, label and ids of `batch(step)`, as arrays."""
         per_rank = self.labeled // self.world, self.unlabeled // self.world
-        images, labels, ids = [], [], []
         slots = [self.rank * per_rank[0] + i for i in range(per_rank[0])]
         slots += [self.labeled + self.rank * per_rank[1] + i for i in range(per_rank[1])]
-        for slot in slots:
-            image, label = self.patch(step, slot)
-            images.append(image)
-            ids.append((slot + (self.labeled + self.unlabeled) * step) % 2**32)
-            if label is not None:
-                labels.append(label)
-        return Batch(
-            torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)), tuple(ids), self.spacing
-        )
+        patches = [self.patch(step, slot) for slot in slots]
+        images = np.stack([image for image, _ in patches])
+        labels = np.stack([label for _, label in patches if label is not None])
+        ids = tuple((slot + (self.labeled + self.unlabeled) * step) % 2**32 for slot in slots)
+        return images, labels, ids
 
     def case(self, step: int, slot: int) -> Case:
         """The case that a slot of a step's whole batch is cut from."""
@@ -224,12 +221,12 @@ class PatchSource:
             multiprocessing_context="fork",  # shares the scans
         )
         try:
-            for batch in loader:
-                if isinstance(batch, CaseError):
-                    raise batch
-                yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            for made in loader:
+                if isinstance(made, CaseError):
+                    raise made
+                yield _as_tensors(made, self.spacing)
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise RuntimeError(
                 f"a data worker died ({' '.join(str(error).split())}), most often for lack of memory: lower "
@@ -246,11 +243,18 @@ class _Steps:
     def __len__(self) -> int:
         return self.source.train.steps * self.source.train.accumulate
 
-    def __getitem__(self, step: int) -> Batch | CaseError:
+    def __getitem__(self, step: int) -> Any:  # arrays: they need no room in /dev/shm, as tensors would
         try:
-            return self.source.batch(step)
+            return self.source.arrays(step)
         except CaseError as error:  # raised again by the loader, without a worker's traceback
             return error
+
+
+def _as_tensors(arrays: tuple[Array, Array, tuple[int, ...]], spacing: tuple[float, ...] | None) -> Batch:
+    import torch  # noqa: PLC0415
+
+    images, labels, ids = arrays
+    return Batch(torch.from_numpy(images), torch.from_numpy(labels), ids, spacing)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -297,7 +301,10 @@ def crop(
     pads = [max((p - n) // 2 + 3, 0) if short else 0 for n, p in zip(shape, size, strict=True)]
     starts = [int(random.integers(n + 2 * q - p)) - q for n, p, q in zip(shape, size, pads, strict=True)]
     ends = [s + p for s, p in zip(starts, size, strict=True)]
-    inside = tuple(slice(max(s, 0), min(e, n)) for s, e, n in zip(starts, ends, shape, strict=True))
+    # What of the window lies inside; a small patch may miss the image altogether.
+    inside = tuple(
+        slice(max(s, 0), max(min(e, n), s, 0)) for s, e, n in zip(starts, ends, shape, strict=True)
+    )
     place = tuple(slice(i.start - s, i.stop - s) for i, s in zip(inside, starts, strict=True))
     patch = np.zeros((len(image), *size), image.dtype)
     for filled, channel in zip(patch, image, strict=True):
