@@ -5,6 +5,8 @@
 # make pytest    the Python tests alone          make lint / make format
 # make ctest     the C tests under asan+ubsan, under tsan, and plain       make fuzz    make cexample
 # make asan      the Python tests and leak scripts on a sanitized build    make bench
+# make demo      three methods on generated volumes, 6 minutes: semisam-demo/report.html
+# make notebooks strips the notebooks of what they printed, and runs them
 # make lib       build/lib/libsemisam.{a,so}, no Python needed
 # make install   PREFIX=/usr/local DESTDIR=
 #
@@ -28,7 +30,7 @@ BUILD := build
 .DEFAULT_GOAL := help
 .PHONY: help
 help:
-	@sed -n 's/^# \{0,1\}//; 3,13p' Makefile
+	@sed -n 's/^# \{0,1\}//; 3,15p' Makefile
 
 # ---- the library, with and without sanitizers -----------------------------------------------------
 
@@ -152,12 +154,32 @@ cexample:
 
 # ---- Python -----------------------------------------------------------------------------------------
 
+INSTALL = $(PY) -m pip install -q -c constraints.txt $(PIP_FLAGS)
 STAMP := $(VENV)/.semisam-stamp
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -c constraints.txt $(PIP_FLAGS) pip setuptools wheel numpy
-	$(PY) -m pip install -q -c constraints.txt $(PIP_FLAGS) --no-build-isolation -e ".[test,dev]"
+	$(INSTALL) pip setuptools wheel numpy
+	$(INSTALL) --no-build-isolation -e ".[test,dev]"
+	@touch $@ $(VENV)/.semisam-train-stamp
+
+# Less than `setup`: what the commands need, without tests and tools.
+TRAIN_STAMP := $(VENV)/.semisam-train-stamp
+$(TRAIN_STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) pip setuptools wheel numpy
+	$(INSTALL) --no-build-isolation -e ".[train]"
 	@touch $@
+
+# DEMO="--minutes 2" or DEMO="--data DIR"; a demo that was stopped goes on.
+DEMO ?=
+.PHONY: demo notebooks
+demo: $(TRAIN_STAMP)
+	SEMISAM_CFLAGS="$(SEMISAM_CFLAGS)" $(PY) setup.py -q build_ext --inplace
+	$(PY) -m semisam demo $(if $(wildcard semisam-demo/runs),--resume) $(DEMO)
+
+notebooks: build
+	$(PY) notebooks/strip.py
+	$(PY) -m pytest tests/test_notebooks.py
 
 .PHONY: setup build lint format pytest asan bench test
 setup: $(STAMP)

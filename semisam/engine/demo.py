@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,15 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """One run: its settings, and the folder it goes to."""
+    """One run: its settings, and the folder it goes to.
+
+    >>> from pathlib import Path
+    >>> from semisam.engine.config import Config
+    >>> from semisam.engine.demo import Task
+    >>> task = Task(Config(), Path("semisam-demo/runs/first"))
+    >>> task.title, task.done, task.steps_done()
+    ('SemiSAM-MT, draw 0', False, 0)
+    """
 
     config: Config
     folder: Path
@@ -104,7 +113,7 @@ def configure_for(
     if data is None and not (root / "dataset.json").is_file():
         phantom.write_phantoms(root, seed=0, **PHANTOMS)
     found = cases.find_cases(root)
-    chosen["data.root"] = str(root)
+    chosen["data.root"] = str(root.resolve())
     labeled = sum(case.labeled for case in found.cases)
     if not found.test:
         chosen["data.test"] = max(1, labeled // 4)
@@ -185,6 +194,14 @@ def demo(
     process of its own). A KeyboardInterrupt leaves what was done; `resume` goes on from there.
 
     Raises DemoError, and what reading data and settings raises.
+
+    >>> import tempfile, pathlib
+    >>> from semisam.engine.demo import demo
+    >>> place = pathlib.Path(tempfile.mkdtemp())
+    >>> (place / "runs/of-yesterday").mkdir(parents=True)
+    >>> demo(place)
+    Traceback (most recent call last):
+    semisam.engine.demo.DemoError: ...: holds runs already: go on with them by --resume, or ...
     """
     place = Path(out)
     runs = place / "runs"
@@ -259,11 +276,10 @@ def _watch(tasks: Sequence[Task], left: Sequence[Task], jobs: int, logs: Path) -
             yield seen
 
     if jobs == 1:
-        yield from news()
-        for task in left:
-            run(task)
-            _tell(task)
-            yield from news()
+        with _one_thread():
+            for task in left:
+                run(task)
+                _tell(task)
         return
     with _Workers(left, jobs, logs) as workers:
         while workers.busy():
@@ -373,15 +389,26 @@ def _why_not(work: Callable[[], None]) -> str | None:
     return None
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch, as workers have: the same results for every number of workers."""
+    import torch  # noqa: PLC0415
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def steps_for(config: Config, minutes: float, draws: int, jobs: int) -> int:
     """Return how many steps make all runs take about `minutes` together, from three passes done here."""
     import torch  # noqa: PLC0415
 
     from semisam import specialists  # noqa: PLC0415
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _one_thread():
         channels = 1
         network = specialists.build(
             config.specialist.name, in_channels=channels, num_classes=2, **config.specialist.options
@@ -392,8 +419,6 @@ def steps_for(config: Config, minutes: float, draws: int, jobs: int) -> int:
         for _ in range(3):
             network(batch).sum().backward()
         each = (time.perf_counter() - began) / 3
-    finally:
-        torch.set_num_threads(before)
     per_step = each * draws * sum(COST.values()) / jobs
     steps = 0.7 * 60 * minutes / per_step  # the rest: start, gate, test
     return int(np.clip(10 * math.floor(steps / 10), 20, 20_000))

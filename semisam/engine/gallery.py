@@ -23,7 +23,16 @@ SAMPLE_ROWS = 6
 
 
 def test_cases(focus: RunRecord, baseline: RunRecord | None) -> dict[str, Any]:
-    """Best, median and worst case of the focus run as slices, or a sentence why there are none."""
+    """Return best, median and worst case of the focus run as slices, or in "why" why there are none.
+
+    `baseline` is a run on the same draw whose predictions stand beside them.
+
+    >>> from pathlib import Path
+    >>> from semisam.engine import gallery
+    >>> from semisam.engine.results import RunRecord
+    >>> gallery.test_cases(RunRecord(Path("run")), None)["why"]
+    'The run was not tested, so there are no cases to show.'
+    """
     if not focus.scores:
         return {"rows": [], "why": "The run was not tested, so there are no cases to show."}
     if not focus.predictions:
@@ -217,7 +226,14 @@ def _uncertainty(run: RunRecord, case: str, shape: tuple[int, ...]) -> Any:
 
 
 def samples(focus: RunRecord) -> dict[str, Any]:
-    """Rows of pictures of what the term saw and answered, from the first step to the last."""
+    """Return rows of pictures of what the term saw and answered, from the first step to the last.
+
+    >>> from pathlib import Path
+    >>> from semisam.engine import gallery
+    >>> from semisam.engine.results import RunRecord
+    >>> gallery.samples(RunRecord(Path("run")))["why"]
+    "This method has no generalist's term, or the run kept no samples of it."
+    """
     files = focus.samples
     if len(files) > SAMPLE_ROWS:
         files = [files[i] for i in np.linspace(0, len(files) - 1, SAMPLE_ROWS).round().astype(int)]

@@ -127,6 +127,8 @@ def line_chart(
     (True, True)
     """
 
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
     def draw(axes: Any) -> None:
         for one in series:
             x, y = _thinned(np.asarray(one.x, float), np.asarray(one.y, float))
@@ -140,6 +142,8 @@ def line_chart(
                 zorder=2 if one.faint else 3,
             )
         axes.set_xlabel(xlabel)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")  # no factor above the axis
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.margins(x=0.01)
         low, high = axes.get_ylim()
         if zero and low > -0.05 * (high - low):

@@ -129,7 +129,14 @@ class Scores:
 
 @dataclass
 class RunRecord:
-    """What one run folder says."""
+    """What one run folder says; what it does not say is empty, and named in `missing`.
+
+    >>> from pathlib import Path
+    >>> from semisam.engine.results import RunRecord
+    >>> run = RunRecord(Path("run"), {"method": {"name": "ua-mt"}, "data": {"draw": 2}, "train": {"seed": 7}})
+    >>> run.method, run.draw, run.setting("train.steps", 6000), run.finished
+    ('ua-mt', (2, 7), 6000, False)
+    """
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -337,7 +344,15 @@ def method_title(name: str) -> str:
 
 @dataclass
 class Method:
-    """The runs of one method with equal settings but for draw and seed."""
+    """The runs of one method with equal settings but for draw and seed.
+
+    >>> from pathlib import Path
+    >>> from semisam.engine.results import Method, RunRecord, Scores
+    >>> runs = [RunRecord(Path(str(d)), {"data": {"draw": k}}, scores=Scores({"a": {"heart": {"dice": d}}}))
+    ...         for k, d in enumerate((0.7, 0.8))]
+    >>> str(Method("ua-mt", "UA-MT", runs).statistic("dice"))
+    '0.750 ± 0.071'
+    """
 
     name: str
     title: str
@@ -368,6 +383,12 @@ class Gain:
     """A method's Dice less a baseline's, under the same draw and seed, on the same cases.
 
     With one draw in common the differences are those of the cases, and `over` says so.
+
+    >>> from semisam.engine.results import Gain, Method
+    >>> ours, theirs = Method("semisam-ua-mt", "SemiSAM-UA-MT", []), Method("ua-mt", "UA-MT", [])
+    >>> gain = Gain(ours, theirs, (False, False), {"draw 1": 0.03, "draw 2": -0.01}, "draws")
+    >>> gain.statistic.text(3, signed=True), gain.wins
+    ('+0.010 ± 0.028', 1)
     """
 
     method: Method
@@ -389,7 +410,14 @@ class Gain:
 
 @dataclass
 class Comparison:
-    """Methods in the order of a table, baselines first, and every method's gains over its baselines."""
+    """Methods in the order of a table, baselines first, and every method's gains over its baselines.
+
+    >>> from semisam.engine.results import Comparison, Gain, Method
+    >>> ours, theirs = Method("semisam-ua-mt", "SemiSAM-UA-MT", []), Method("ua-mt", "UA-MT", [])
+    >>> gain = Gain(ours, theirs, (False, False), {"draw 1": 0.03, "draw 2": 0.01}, "draws")
+    >>> Comparison([theirs, ours], [gain]).gain(ours, theirs, (False, False)).wins
+    2
+    """
 
     methods: list[Method]
     gains: list[Gain]
