@@ -9,6 +9,7 @@ touches `torch.library`; torch itself is imported only if the caller already did
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -39,6 +40,8 @@ class Arg(NamedTuple):
 SCHEMA: dict[str, tuple[Arg, ...]] = {
     name: tuple(Arg(*arg) for arg in args) for name, _, args in _core.schema()
 }
+
+_IS_OUT = {op: tuple(arg.kind == "out" for arg in args) for op, args in SCHEMA.items()}
 
 # Arrays of this size get huge pages: first touch of fresh 4 KiB pages costs more than most operators.
 _HUGE = 8 << 20
@@ -108,11 +111,10 @@ def call(op: str, *args: Any) -> Any:
     >>> float(ops.call("mask_logits", np.full((1, 4, 4, 4), 0.5, np.float32), 1, 1, 1)[0, 0, 0, 0])
     0.0
     """
-    arrays = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,)) if _is_array(a)]
-    on_torch = [is_torch(a) for a in arrays]
-    if any(on_torch) and not all(on_torch):
+    tensors, others = _kinds(args)
+    if tensors and others:
         raise TypeError(f"{op}(): expected all arrays to be NumPy arrays or all torch tensors, got a mixture")
-    if any(on_torch):
+    if tensors:
         return _torch_call(op, args)
     inputs = [_contiguous(a) for a in args]
     outputs: list[Any] = [np.empty(shape, _NUMPY[dtype]) for shape, dtype in output_specs(op, inputs)]
@@ -120,8 +122,17 @@ def call(op: str, *args: Any) -> Any:
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def _is_array(a: Any) -> bool:
-    return not isinstance(a, (int, float, str, type(None), np.generic))
+def _kinds(args: Sequence[Any]) -> tuple[bool, bool]:
+    """Tell whether there are tensors, and whether other arrays, among arguments and lists of them."""
+    tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
+    tensors = others = False
+    for arg in args:
+        for a in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(a, tensor):
+                tensors = True
+            elif a is not None and not isinstance(a, (float, int, str, np.generic)):
+                others = True
+    return tensors, others
 
 
 def _contiguous(a: Any) -> Any:
@@ -135,49 +146,69 @@ def _contiguous(a: Any) -> Any:
 def _raw(op: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
     """Interleave inputs and outputs as the schema has them, and run."""
     given, made = iter(inputs), iter(outputs)
-    in_order = [next(made if arg.kind == "out" else given) for arg in SCHEMA[op]]
+    in_order = [next(made if out else given) for out in _IS_OUT[op]]
     getattr(_core, op)(*in_order, get_num_threads())
 
 
 # ---- shapes and dtypes of outputs ---------------------------------------------------------------
 
 
+class _Output(NamedTuple):
+    shape: tuple[int | str, ...]  # a number, a size's name, or "*" for all remaining ones
+    dtype: str
+
+
+def _words(shape: str) -> tuple[int | str, ...]:
+    words = ("*" if word.endswith("*") else word for word in shape.split())
+    return tuple(int(word) if word.isdigit() else word for word in words)
+
+
+# The schema as a call needs it: what is given as (name, kind, words of its shape), and the outputs.
+_GIVEN = {
+    op: tuple((arg.name, arg.kind, _words(arg.shape)) for arg in args if arg.kind != "out")
+    for op, args in SCHEMA.items()
+}
+_MADE = {
+    op: tuple(_Output(_words(arg.shape), arg.dtype) for arg in args if arg.kind == "out")
+    for op, args in SCHEMA.items()
+}
+
+
 def output_specs(op: str, inputs: Sequence[Any]) -> list[tuple[tuple[int, ...], str]]:
     """Return shape and dtype name of every output, from the schema and the inputs alone."""
-    args = SCHEMA[op]
-    given = [arg for arg in args if arg.kind != "out"]
+    given = _GIVEN[op]
     if len(given) != len(inputs):
-        names = ", ".join(arg.name for arg in given)
+        names = ", ".join(name for name, _, _ in given)
         raise TypeError(f"{op}(): expected {len(given)} arguments ({names}), got {len(inputs)}")
     sizes: dict[str, Any] = {}
     by_name: dict[str, Any] = {}
-    for arg, value in zip(given, inputs, strict=True):
-        first = value[0] if arg.kind == "list" and len(value) else value
-        by_name[arg.name] = first
-        if arg.kind == "int":
-            sizes[arg.name] = value
-        elif arg.kind in ("in", "opt", "list") and first is not None and hasattr(first, "shape"):
-            _bind(arg.shape, first.shape, sizes)
+    for (name, kind, words), value in zip(given, inputs, strict=True):
+        if kind == "int":
+            sizes[name] = value
+        elif kind in ("in", "opt", "list"):
+            first = value[0] if kind == "list" and len(value) else value
+            by_name[name] = first
+            if first is not None and hasattr(first, "shape"):
+                _bind(words, first.shape, sizes)
     specs = []
-    for arg in args:
-        if arg.kind == "out":
-            shape: list[int] = []
-            for word in arg.shape.split():
-                if word.endswith("*"):
-                    shape.extend(sizes.get("*", ()))
-                else:
-                    # A name without a size means a wrong input, which the core's checks will name.
-                    shape.append(int(word) if word.isdigit() else sizes.get(word, 0))
-            specs.append((tuple(shape), _output_dtype(arg.dtype, by_name)))
+    for out in _MADE[op]:
+        shape: list[int] = []
+        for word in out.shape:
+            if word == "*":
+                shape.extend(sizes.get("*", ()))
+            else:
+                # A name without a size means a wrong input, which the core's checks will name.
+                shape.append(sizes.get(word, 0) if isinstance(word, str) else word)
+        specs.append((tuple(shape), _output_dtype(out.dtype, by_name)))
     return specs
 
 
-def _bind(spec: str, shape: Sequence[int], sizes: dict[str, Any]) -> None:
-    for d, word in enumerate(spec.split()):
-        if word.endswith("*"):
+def _bind(words: Sequence[int | str], shape: Sequence[int], sizes: dict[str, Any]) -> None:
+    for d, word in enumerate(words):
+        if word == "*":
             sizes.setdefault("*", tuple(shape[d:]))
         elif d < len(shape):
-            sizes.setdefault(word, shape[d])
+            sizes.setdefault(str(word), shape[d])
 
 
 def _output_dtype(expression: str, by_name: dict[str, Any]) -> str:
@@ -193,7 +224,12 @@ _SHORT = {"float": "f", "int": "i", "uint": "u", "bfloat": "bf"}
 
 def dtype_name(array: Any) -> str:
     """Return the schema's name of an array's dtype, such as f32; the plain name if it has none."""
-    name = str(getattr(array, "dtype", "")).removeprefix("torch.")
+    return _short_name(getattr(array, "dtype", ""))
+
+
+@functools.cache
+def _short_name(dtype: Any) -> str:
+    name = str(dtype).removeprefix("torch.")
     letters = name.rstrip("0123456789")
     return _SHORT.get(letters, letters) + name[len(letters) :]
 
@@ -206,18 +242,24 @@ _library: Any = None
 def _torch_call(op: str, args: Sequence[Any]) -> Any:
     torch: Any = sys.modules["torch"]
     register()
-    plain = [_plain(a, torch) for a in args]
-    return getattr(torch.ops.semisam, op)(*plain)
+    return getattr(torch.ops.semisam, op)(*[_plain(a, torch) for a in args])
 
 
 def _plain(a: Any, torch: Any) -> Any:
     """Strip tensor subclasses (MONAI's MetaTensor) and the graph."""
     if isinstance(a, torch.Tensor):
-        a = a.detach()
+        a = a.detach() if a.requires_grad else a
         return a if type(a) is torch.Tensor else a.as_subclass(torch.Tensor)
-    if isinstance(a, (list, tuple)):
+    if isinstance(a, (list, tuple)) and len(a) and isinstance(a[0], torch.Tensor):
         return [_plain(v, torch) for v in a]
     return a
+
+
+def _tensors(a: Any, tensor: Any) -> Sequence[Any]:
+    """Return the tensors of one argument: itself, or a list of them (lists of numbers are long)."""
+    if isinstance(a, tensor):
+        return (a,)
+    return a if isinstance(a, (list, tuple)) and len(a) and isinstance(a[0], tensor) else ()
 
 
 def register() -> None:
@@ -255,11 +297,12 @@ def _torch_dtypes(torch: Any) -> dict[str, torch.dtype]:
 
 def _torch_kernel(op: str, torch: Any) -> Any:
     dtypes = _torch_dtypes(torch)
+    tensor = torch.Tensor
 
     def contiguous(a: Any) -> Any:
-        if isinstance(a, torch.Tensor):
+        if isinstance(a, tensor):
             return a.contiguous()
-        return [contiguous(v) for v in a] if isinstance(a, (list, tuple)) else a
+        return [v.contiguous() for v in a] if _tensors(a, tensor) else a
 
     def kernel(*args: Any) -> Any:
         inputs = [contiguous(a) for a in args]
@@ -291,9 +334,8 @@ def _torch_fake(op: str, torch: Any) -> Any:
 
 def _device(args: Sequence[Any], torch: Any) -> Any:
     for a in args:
-        for v in a if isinstance(a, (list, tuple)) else (a,):
-            if isinstance(v, torch.Tensor):
-                return v.device
+        for v in _tensors(a, torch.Tensor):
+            return v.device
     return torch.device("cpu")
 
 

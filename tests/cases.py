@@ -189,6 +189,13 @@ _VOXEL_LOSSES: dict[str, Inputs] = {
     ),
     "ce_dice_4": _voxel_loss((1, 4, 9, 20, 15), 0, ("ce", 0, 0, {}), ("dice", 0, 0, {"squared_pred": 0})),
     "ce_dice_14": _voxel_loss((1, 14, 9, 20, 15), 0, ("ce", 0, 0, {}), ("dice", 0, 0, {})),
+    # Without voxel weights: the loops for few and for many classes.
+    **{
+        f"ce_dice_{c}_plain": _voxel_loss(
+            (2, c, 9, 20, 15), 0, ("ce", 0, -1, {}), ("dice", 0, -1, {"squared_pred": c % 2})
+        )
+        for c in (3, 4, 5)
+    },
     "ce_smooth": _voxel_loss((2, 3, 31, 43), 0, ("ce", 0, 0, {"label_smoothing": 0.1})),
     "ce_soft": _voxel_loss((2, 3, 31, 43), 0, ("ce", 1, 0, {"reduction": 2})),
     "dice_linear": _voxel_loss((3, 3, 31, 43), 0, ("dice", 0, 0, _LINEAR), ("dice", 1, 0, {})),

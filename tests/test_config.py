@@ -75,7 +75,7 @@ def test_what_is_saved_is_read_back():
         ("train.patch_size", [32, "x"], r"train\.patch_size: expected a list of whole numbers"),
         ("data.labeled", [1, 2], r"data\.labeled: .* got \[1, 2\]; put names in quotes"),
         ("data.label_map", {"a": 1}, r"data\.label_map: expected a mapping"),
-        ("specialist.name", 3, r"specialist\.name: expected text, got 3"),
+        ("specialist.name", [3], r"specialist\.name: expected text, got \[3\]"),
         ("train", 3, r"train: expected a section with settings, got 3"),
         ("train.lr.base", 3, r"train\.lr: expected a number"),
     ],

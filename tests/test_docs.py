@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every example in the README and in the docstrings runs as printed."""
 
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -41,11 +42,11 @@ def test_public_functions_have_an_example(name):
     module = importlib.import_module(f"semisam.{name}")
     for public in getattr(module, "__all__", ()):
         thing = getattr(module, public)
-        # The example of a function shows its result; those who use settings, protocols and errors show these.
+        # The example of a function shows its result; who uses records, protocols and errors shows these.
         result = inspect.isclass(thing) and (
             issubclass(thing, (tuple, Exception))
             or getattr(thing, "_is_protocol", False)
-            or name == "engine.config"
+            or dataclasses.is_dataclass(thing)
         )
         if (inspect.isfunction(thing) or inspect.isclass(thing)) and not result:
             assert ">>>" in (inspect.getdoc(thing) or ""), f"semisam.{name}.{public} has no example"

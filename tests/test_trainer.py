@@ -18,6 +18,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+from conftest import data_dir
 
 from semisam import specialists
 from semisam.cli import main
@@ -222,14 +223,35 @@ def test_training_lowers_the_loss(data, tmp_path):
     assert last < 0.8 * first
 
 
-def test_pictures_in_two_dimensions(tmp_path):
-    root = write_phantoms(tmp_path / "slices", labeled=3, unlabeled=2, test=0, shape=(24, 24, 24))
-    made = settings(root, data__labeled=2, train__steps=2)
-    cases = find_cases(root)
-    roles = make_split(cases, made.data)
-    assert len(roles.labeled) == 2
-    run = trainer.train(made, tmp_path / "r", case_set=cases, split=roles)
-    assert run.steps == 2
+def test_pictures_in_two_dimensions(tmp_path, rng):
+    image = pytest.importorskip("PIL.Image")
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for n in range(5):
+        mask = np.zeros((40, 36), np.uint8)
+        mask[8 + n : 24, 6:20] = 255
+        picture = np.clip(mask * 0.5 + rng.normal(60, 20, mask.shape), 0, 255).astype(np.uint8)
+        image.fromarray(picture).save(tmp_path / "data" / "images" / f"p{n}.png")
+        image.fromarray(mask).save(tmp_path / "data" / "masks" / f"p{n}.png")
+    made = settings(tmp_path / "data", train__patch_size=[32, 32], specialist__name="unet2d", train__steps=3)
+    run = trainer.train(made, tmp_path / "r")
+    assert run.best is not None
+    assert trainer.load(run.out).network(torch.zeros(2, 1, 32, 32)).shape == (2, 2, 32, 32)
+    assert {row["candidate"] for row in read_table(run.out / "gate.csv")} >= {"mask", "random-walker"}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("name", "classes"), [("hippocampus", 3), ("la", 2)])
+def test_real_scans(tmp_path, name, classes):
+    made = settings(data_dir(name), data__unlabeled=2, data__test=1, train__steps=3, term__gate_every=2)
+    made.train.patch_size = [32, 32, 32]
+    if name == "la":  # whole volumes of 3 million voxels take a minute
+        made.data.validation, made.term.gate = 0, False
+    run = trainer.train(made, tmp_path / "r")
+    assert trainer.load(run.out).meta["num_classes"] == classes
+    sums = json.loads((run.out / "run.json").read_text())["sha256"]
+    # labeled and validation cases with their labels, unlabeled and test images alone
+    assert len(sums) == 2 * 2 + 2 + 2 * made.data.validation + 1
 
 
 # ---- nothing leaks ------------------------------------------------------------------------------

@@ -28,9 +28,11 @@
 #endif
 
 /* With a dozen streams every block begins on pages that the hardware's prefetcher has not followed
- * yet, so the same places of the next block are asked for here: all of it between strips of
- * arithmetic where there is much, else only its head, from where the hardware takes over. */
-enum { STRIP = 64, HEAD = 192 };
+ * yet. So sources are read side by side, SPAN voxels of each at a time, and AHEAD bytes are asked
+ * for in advance; where a source is converted first, the same places of the next block: all of it
+ * between strips of arithmetic where there is much, else only its head, from where the hardware
+ * takes over. */
+enum { STRIP = 64, HEAD = 192, SPAN = 128, AHEAD = 1024 };
 
 /* Sources that are added in one sweep over the sums. */
 #define GROUP 4
@@ -59,6 +61,7 @@ typedef struct plan {
     double scale; /* of u */
     int sigmoids; /* all that is wanted of the sources is the mean of foreground logits */
     int need_u, need_mu, need_var, need_mi, need_mean, need_conf;
+    int direct; /* sources are used where they are */
     int stream;
     char *scratch;
     int64_t area_bytes;
@@ -106,6 +109,13 @@ static inline void prefetch(const ss_tensor *t, int64_t at, int64_t n) {
 #else
     (void)t, (void)at, (void)n;
 #endif
+}
+
+/* Asks for the memory AHEAD bytes behind n bytes that are being worked on. */
+static inline void ahead(const void *at, int64_t n) {
+    for (const char *byte = (const char *)at + AHEAD, *end = byte + n; byte < end; byte += 64) {
+        __builtin_prefetch(byte);
+    }
 }
 
 /* 1 + 2^y with |y| cut at 30: the sigmoid is 0 or 1 there but for 1e-9, and a product of four of
@@ -299,6 +309,11 @@ static void lay_out(plan *f) {
         a->want_label || a->want_confidence || (a->want_weight && a->weighting == WEIGHT_CONF);
     f->need_mean = a->want_mean || f->need_conf;
     f->sigmoids = f->L == 1 && a->logits && f->S > 2 && !f->need_var && !f->need_mi;
+    f->direct = !a->logits;
+    for (int64_t s = 0; s < f->S; ++s) {
+        const int32_t dtype = a->sources.at[s].dtype;
+        f->direct &= dtype == SS_F32 || dtype == SS_F64;
+    }
     double chance = 1.0 / (double)f->K;
     /* Both classes of a foreground row have the same variance. */
     double var = (f->L == 1 ? 2.0 : 1.0) / (1.0 - chance);

@@ -26,8 +26,8 @@ typedef struct FN(area) {
 /* Sources waiting to be added to one of the means. */
 typedef struct FN(group) {
     int count;
-    REAL r[GROUP];
-    FN(rows) p[GROUP];
+    REAL r[SS_MAX_LIST];
+    FN(rows) p[SS_MAX_LIST];
 } FN(group);
 
 static inline REAL FN(keep)(REAL x, REAL lo, REAL hi) {
@@ -131,7 +131,7 @@ static FN(rows)
         FN(binary)(f, t, at, n, out, tmp);
         return (FN(rows)){out, f->n};
     }
-    for (int64_t c = 0; c < f->C; ++c) {
+    for (int64_t c = 0; c < f->C && (!f->direct || f->need_mi); ++c) {
         prefetch(t, at + c * f->V + f->n, HEAD < n ? HEAD : n);
     }
     if (f->a->logits) {
@@ -148,74 +148,98 @@ static FN(rows)
 
 /* ---- running sums --------------------------------------------------------------------------- */
 
-/* sum += r (p - ref) */
-static void FN(add_mean)(int64_t n, REAL r, const REAL *restrict p, const REAL *restrict ref,
-                         REAL *restrict sum) {
+/* sum += r_k (p_k - ref), and with SPREAD squares += r_k (p_k - ref)^2, for COUNT sources one after
+ * the other; sums stay in registers. */
+static inline __attribute__((always_inline)) void
+FN(add_sources)(const int COUNT, const int SPREAD, int64_t n, const REAL *r, const REAL *const *p,
+                const REAL *restrict ref, REAL *restrict sum, REAL *restrict squares) {
+    const REAL r0 = r[0], r1 = COUNT > 1 ? r[1] : 0, r2 = COUNT > 2 ? r[2] : 0;
+    const REAL r3 = COUNT > 3 ? r[3] : 0;
+    const REAL *p0 = p[0], *p1 = COUNT > 1 ? p[1] : ref, *p2 = COUNT > 2 ? p[2] : ref;
+    const REAL *p3 = COUNT > 3 ? p[3] : ref;
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
-        sum[i] += r * (p[i] - ref[i]);
+        const REAL d0 = p0[i] - ref[i], t0 = r0 * d0;
+        REAL s = sum[i] + t0;
+        REAL s2 = SPREAD ? squares[i] + t0 * d0 : 0;
+        if (COUNT > 1) {
+            const REAL d = p1[i] - ref[i], t = r1 * d;
+            s += t;
+            s2 += t * d;
+        }
+        if (COUNT > 2) {
+            const REAL d = p2[i] - ref[i], t = r2 * d;
+            s += t;
+            s2 += t * d;
+        }
+        if (COUNT > 3) {
+            const REAL d = p3[i] - ref[i], t = r3 * d;
+            s += t;
+            s2 += t * d;
+        }
+        sum[i] = s;
+        if (SPREAD) {
+            squares[i] = s2;
+        }
     }
 }
 
-/* sum += r (p - ref), squares += r (p - ref)^2 */
-static void FN(add_spread)(int64_t n, REAL r, const REAL *restrict p, const REAL *restrict ref,
-                           REAL *restrict sum, REAL *restrict squares) {
-    SS_SIMD
-    for (int64_t i = 0; i < n; ++i) {
-        REAL d = p[i] - ref[i];
-        REAL t = r * d;
-        sum[i] += t;
-        squares[i] += t * d;
+/* Functions of their own: in one large function gcc gives up on vectorising. */
+#define ADD(count)                                                                                 \
+    static void FN(add_mean##count)(int64_t n, const REAL *r, const REAL *const *p,                \
+                                    const REAL *restrict ref, REAL *restrict sum) {                \
+        FN(add_sources)(count, 0, n, r, p, ref, sum, NULL);                                        \
+    }                                                                                              \
+    static void FN(add_spread##count)(int64_t n, const REAL *r, const REAL *const *p,              \
+                                      const REAL *restrict ref, REAL *restrict sum,                \
+                                      REAL *restrict squares) {                                    \
+        FN(add_sources)(count, 1, n, r, p, ref, sum, squares);                                     \
+    }
+ADD(1)
+ADD(2)
+ADD(3)
+ADD(4)
+#undef ADD
+
+/* Up to four sources; `squares` NULL: the mean alone. */
+static void FN(add_some)(int count, int64_t n, const REAL *r, const REAL *const *p, const REAL *ref,
+                         REAL *sum, REAL *squares) {
+    switch (count * 2 + (squares != NULL)) {
+#define ADD(count)                                                                                 \
+    case count * 2:                                                                                \
+        FN(add_mean##count)(n, r, p, ref, sum);                                                    \
+        return;                                                                                    \
+    case count * 2 + 1:                                                                            \
+        FN(add_spread##count)(n, r, p, ref, sum, squares);                                         \
+        return;
+        ADD(1)
+        ADD(2)
+        ADD(3)
+        ADD(4)
+#undef ADD
+    default:
+        return;
     }
 }
 
-/* The same for a whole group, source after source: sums stay in registers. */
-static void FN(add_mean4)(int64_t n, const REAL *r, const REAL *const *p, const REAL *restrict ref,
-                          REAL *restrict sum) {
-    const REAL r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
-    const REAL *p0 = p[0], *p1 = p[1], *p2 = p[2], *p3 = p[3];
-    SS_SIMD
-    for (int64_t i = 0; i < n; ++i) {
-        REAL m = sum[i] + r0 * (p0[i] - ref[i]);
-        m += r1 * (p1[i] - ref[i]);
-        m += r2 * (p2[i] - ref[i]);
-        m += r3 * (p3[i] - ref[i]);
-        sum[i] = m;
-    }
-}
-
-static void FN(add_spread4)(int64_t n, const REAL *r, const REAL *const *p,
-                            const REAL *restrict ref, REAL *restrict sum, REAL *restrict squares) {
-    const REAL r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
-    const REAL *p0 = p[0], *p1 = p[1], *p2 = p[2], *p3 = p[3];
-    SS_SIMD
-    for (int64_t i = 0; i < n; ++i) {
-        REAL d0 = p0[i] - ref[i], d1 = p1[i] - ref[i], d2 = p2[i] - ref[i], d3 = p3[i] - ref[i];
-        REAL t0 = r0 * d0, t1 = r1 * d1, t2 = r2 * d2, t3 = r3 * d3;
-        sum[i] = sum[i] + t0 + t1 + t2 + t3;
-        squares[i] = squares[i] + t0 * d0 + t1 * d1 + t2 * d2 + t3 * d3;
-    }
-}
-
-/* Adds and empties a group; `squares` NULL: the mean alone. */
+/* Adds and empties a group; `squares` NULL: the mean alone. Strip by strip through all sources: the
+ * hardware follows many streams, but not where each begins a page of its own after the last. */
 static void FN(flush)(const plan *f, int64_t n, FN(group) * g, FN(rows) ref, REAL *sum,
                       REAL *squares) {
     for (int64_t c = 0; c < f->L && g->count; ++c) {
-        const REAL *at = ref.at + c * ref.step;
-        const REAL *p[GROUP] = {0};
-        for (int k = 0; k < g->count; ++k) {
-            p[k] = g->p[k].at + c * g->p[k].step;
-        }
-        if (g->count == GROUP && squares) {
-            FN(add_spread4)(n, g->r, p, at, sum + c * f->n, squares);
-        } else if (g->count == GROUP) {
-            FN(add_mean4)(n, g->r, p, at, sum + c * f->n);
-        }
-        for (int k = 0; k < g->count && g->count < GROUP; ++k) {
-            if (squares) {
-                FN(add_spread)(n, g->r[k], p[k], at, sum + c * f->n, squares);
-            } else {
-                FN(add_mean)(n, g->r[k], p[k], at, sum + c * f->n);
+        for (int64_t i = 0; i < n; i += SPAN) {
+            const int64_t m = n - i < SPAN ? n - i : SPAN;
+            const REAL *q = ref.at + c * ref.step + i;
+            ahead(q, m * (int64_t)sizeof *q);
+            for (int k = 0; k < g->count; k += GROUP) {
+                const int count = g->count - k < GROUP ? g->count - k : GROUP;
+                const REAL *p[GROUP] = {0};
+                for (int j = 0; j < count; ++j) {
+                    p[j] = g->p[k + j].at + c * g->p[k + j].step + i;
+                    ahead(p[j], m * (int64_t)sizeof *q);
+                }
+                FN(add_some)(count, m, g->r + k, p, q, sum + c * f->n + i,
+                             squares ? squares + i : NULL);
             }
         }
     }
@@ -464,7 +488,8 @@ static void FN(gather)(const plan *f, const sample *of, const FN(area) * w, int6
         if (!in_mu && !in_mean) {
             continue;
         }
-        FN(rows) p = FN(load)(f, s, b, at, n, w->source + loaded * f->L * f->n, w->tmp);
+        REAL *rows = w->source + (f->direct ? 0 : loaded * f->L * f->n);
+        FN(rows) p = FN(load)(f, s, b, at, n, rows, w->tmp);
         if (in_mu) {
             FN(push)(&to_mu, of->r_unc[s], p);
         }
@@ -473,9 +498,11 @@ static void FN(gather)(const plan *f, const sample *of, const FN(area) * w, int6
         }
         if (in_mu && f->need_mi) {
             FN(entropy)(f, n, p, w->h);
-            FN(add_mean)(n, (REAL)of->r_unc[s], w->h, w->h_ref, w->spread);
+            const REAL r = (REAL)of->r_unc[s];
+            const REAL *h = w->h;
+            FN(add_mean1)(n, &r, &h, w->h_ref, w->spread);
         }
-        if (++loaded == GROUP) {
+        if (++loaded == (f->direct ? f->S : GROUP)) {
             FN(flush)(f, n, &to_mu, *ref_u, w->mu, squares);
             FN(flush)(f, n, &to_mean, *ref_l, w->mean, NULL);
             loaded = 0;

@@ -79,6 +79,16 @@ static void cell_row(const job *j, const double *columns, int64_t lines, float *
     }
 }
 
+/* Asks for the line that the next row of cells has in this one's place: rows of cells are pieces of
+ * pages, too short for the hardware to run ahead in. */
+static void ask_for_line(const ss_tensor *prob, int64_t offset, int64_t n) {
+    const int64_t size = (int64_t)ss_dtype_size(prob->dtype);
+    const char *line = (const char *)prob->data + offset * size;
+    for (int64_t byte = 0; byte < n * size; byte += 64) {
+        __builtin_prefetch(line + byte);
+    }
+}
+
 static void rows(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const job *work = ctx;
     const ss_mask_logits_args *a = work->a;
@@ -91,7 +101,9 @@ static void rows(void *ctx, int64_t begin, int64_t end, int32_t thread) {
         memset(columns, 0, (size_t)s[3] * sizeof(double));
         for (int64_t z = d0; z < d1; ++z) {
             for (int64_t y = h0; y < h1; ++y) {
-                add_line(&a->prob, ((n * s[1] + z) * s[2] + y) * s[3], s[3], columns);
+                const int64_t line = ((n * s[1] + z) * s[2] + y) * s[3];
+                ask_for_line(&a->prob, line + (h1 - h0) * s[3], s[3]);
+                add_line(&a->prob, line, s[3], columns);
             }
         }
         cell_row(work, columns, (d1 - d0) * (h1 - h0), (float *)a->logits.data + r * a->w);

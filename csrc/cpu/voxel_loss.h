@@ -9,6 +9,7 @@
  * voxel_loss_fused.h  usual sums of terms for 2 to 4 classes in one loop (float)
  * voxel_loss_pair.h   two classes, no weights on labels: the fastest (float)
  * voxel_loss_many.h   the same for cross entropy and Dice of 3 to 32 classes (float)
+ * voxel_loss_few.h    its loops for 3 and 4 classes
  */
 #ifndef SS_CPU_VOXEL_LOSS_H
 #define SS_CPU_VOXEL_LOSS_H

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * voxel_loss_many.h: cross entropy and Dice on labels of 3 to 32 classes, one loop (float).
+ * Three and four classes have loops of their own in voxel_loss_few.h.
  *
  * Sixteen voxels at a time go through all classes: the maximum, e_c = exp(z_c - max), s = sum e_c,
  * p_c = e_c / s; the classes' sums and e_c stay in the first-level cache. As in voxel_loss_pair.h,
@@ -16,6 +17,7 @@
 #define MANY_EACH __asm__ volatile("")
 #define MANY_BLOCK 256
 #define MANY_CLASSES 32
+#define MANY_AHEAD 256 /* voxels that are asked for before they are read */
 
 typedef struct many_rows {
     const float *z[MANY_CLASSES];
@@ -92,7 +94,7 @@ static inline __attribute__((always_inline)) void many_exp(const int C, const in
     for (int c = 0; c < C; ++c) {
         MANY_EACH;
         const float *restrict z = k->z[c] + i;
-        __builtin_prefetch(z + MANY_BLOCK);
+        __builtin_prefetch(z + MANY_AHEAD);
         SS_SIMD
         for (int l = 0; l < SS_LANES; ++l) {
             e[c][l] = exp_minus_abs(z[l] - top[l]);
@@ -212,6 +214,23 @@ static __attribute__((noinline)) int many_backward_i64(int C, int64_t n, const m
     return many_block_backward(C, 1, n, k);
 }
 
+#include "voxel_loss_few.h"
+
+/* One block; whether the loop took it. */
+static int run_many_forward(int C, int wide, int64_t n, const many_rows *k, many_sums *out) {
+    if (C <= 4) {
+        return few_forward(C, wide, n, k, out);
+    }
+    return (wide ? many_forward_i64 : many_forward_i32)(C, n, k, out);
+}
+
+static int run_many_backward(int C, int wide, int64_t n, const many_rows *k) {
+    if (C <= 4) {
+        return few_backward(C, wide, n, k);
+    }
+    return (wide ? many_backward_i64 : many_backward_i32)(C, n, k);
+}
+
 /* The terms of this sample, if these loops are for them: uses is 0 otherwise. */
 static fused_terms many_terms(const vl_block *k, int forward) {
     const vl_plan *p = k->plan;
@@ -274,7 +293,7 @@ static int64_t many_forward(vl_block *k, int64_t offset, int64_t end, double *su
     while (end - at >= SS_LANES) {
         int64_t n = end - at < block ? (end - at) / SS_LANES * SS_LANES : block;
         int wide = find_many_rows(k, &f, at, n, &r);
-        if (!(wide ? many_forward_i64 : many_forward_i32)((int)p->C, n, &r, &found)) {
+        if (!run_many_forward((int)p->C, wide, n, &r, &found)) {
             break;
         }
         at += n;
@@ -322,7 +341,7 @@ static int64_t many_backward(vl_block *k, int64_t offset, int64_t end, const dou
             r.h[c] =
                 straight ? (float *)out->data + (k->b * p->C + c) * p->S + at : k->hs + c * k->room;
         }
-        if (!(wide ? many_backward_i64 : many_backward_i32)((int)p->C, n, &r)) {
+        if (!run_many_backward((int)p->C, wide, n, &r)) {
             break;
         }
         for (int64_t c = 0; c < p->C && !straight; ++c) {

@@ -14,6 +14,7 @@
  */
 
 #define PAIR_BLOCK 1024
+#define PAIR_AHEAD 512 /* voxels */
 #define PAIR_SUMS 8
 
 enum { SUM_LN, SUM_FAR, SUM_I0, SUM_I1, SUM_Z0, SUM_Z1, SUM_SOFT, SUM_WEIGHT };
@@ -92,6 +93,41 @@ static int are_binary(const int64_t *wide, const int32_t *narrow, const int32_t 
     return (all & ~(int64_t)1) == 0;
 }
 
+/* Asks for what the lanes will read PAIR_AHEAD voxels later: with so many streams the hardware
+ * alone comes too late wherever a page begins. */
+static inline __attribute__((always_inline)) void pair_ahead(const float *row0, const float *row1,
+                                                             int64_t i) {
+    __builtin_prefetch(row0 + i + PAIR_AHEAD);
+    __builtin_prefetch(row1 + i + PAIR_AHEAD);
+}
+
+/* The same for what they will write. */
+static inline __attribute__((always_inline)) void pair_ahead_out(const float *row0,
+                                                                 const float *row1, int64_t i) {
+    __builtin_prefetch(row0 + i + PAIR_AHEAD, 1);
+    __builtin_prefetch(row1 + i + PAIR_AHEAD, 1);
+}
+
+static inline __attribute__((always_inline)) void
+pair_ahead_soft(const int USES, const int WEIGHTED, const pair_rows *k, int64_t i) {
+    pair_ahead(k->z0, k->z1, i);
+    if (USES & (HAS_MSE | HAS_KL)) {
+        pair_ahead(k->q0, k->q1, i);
+    }
+    if (WEIGHTED) {
+        __builtin_prefetch(k->w + i + PAIR_AHEAD);
+    }
+}
+
+static inline __attribute__((always_inline)) void pair_ahead_labels(const int LONG, const void *y,
+                                                                    int64_t i) {
+    const char *at = (const char *)y + (i + PAIR_AHEAD) * (LONG ? 8 : 4);
+    __builtin_prefetch(at);
+    if (LONG) {
+        __builtin_prefetch(at + 64);
+    }
+}
+
 /* A label as 0 or 1, and its part of the union; LONG (64 bits) is a constant. */
 #define PAIR_LABEL(LONG)                                                                           \
     int32_t y;                                                                                     \
@@ -129,6 +165,8 @@ static inline
         product[l] = 1.0f;
     }
     for (int64_t i = 0; i < n; i += SS_LANES) {
+        pair_ahead(z0, z1, i);
+        pair_ahead_labels(LONG, y_, i);
         SS_SIMD
         for (int l = 0; l < SS_LANES; ++l) {
             PAIR_SOFTMAX
@@ -169,6 +207,9 @@ static inline __attribute__((always_inline)) int pair_labels_backward(const int 
     int64_t wide[SS_LANES] = {0};
     int32_t narrow[SS_LANES] = {0}, ones[SS_LANES] = {0};
     for (int64_t i = 0; i < n; i += SS_LANES) {
+        pair_ahead(z0, z1, i);
+        pair_ahead_out(h0, h1, i);
+        pair_ahead_labels(LONG, y_, i);
         SS_SIMD
         for (int l = 0; l < SS_LANES; ++l) {
             PAIR_SOFTMAX
@@ -218,6 +259,7 @@ static inline __attribute__((always_inline)) int pair_soft_forward(const int USE
         product[l] = 1.0f;
     }
     for (int64_t i = 0; i < n; i += SS_LANES) {
+        pair_ahead_soft(USES, WEIGHTED, k, i);
         SS_SIMD
         for (int l = 0; l < SS_LANES; ++l) {
             PAIR_SOFTMAX
@@ -270,6 +312,8 @@ pair_soft_backward(const int USES, const int WEIGHTED, int64_t n, const pair_row
     const float by_soft = k->by_soft, by_h = k->by_h;
     float far[SS_LANES] = {0};
     for (int64_t i = 0; i < n; i += SS_LANES) {
+        pair_ahead_soft(USES, WEIGHTED, k, i);
+        pair_ahead_out(h0, h1, i);
         SS_SIMD
         for (int l = 0; l < SS_LANES; ++l) {
             PAIR_SOFTMAX

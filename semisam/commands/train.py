@@ -17,6 +17,7 @@ methods: supervised, mean-teacher (mt), ua-mt (uamt), semisam-mean-teacher (semi
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +104,8 @@ def run(options: argparse.Namespace) -> int:
         return 128 + stop.number
     except (settings.ConfigError, CaseError, trainer.TrainingError, trainer.CheckpointError) as error:
         raise CommandError(str(error)) from error
-    _tell(done)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
+        _tell(done)
     return 0
 
 

@@ -282,7 +282,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
     """The value as the type that the field has, or an error; numbers may be written as text (1e-4)."""
-    made = _as(value, hint)
+    made = str(value) if hint is str and type(value) is int else _as(value, hint)  # train.precision=32
     if made is _NO:
         texts = any(word in _words(hint) for word in ("text", "names"))
         quoted = "; put names in quotes" if texts and not isinstance(value, dict) else ""
