@@ -97,6 +97,8 @@ def test_mask_prompt_is_that_of_random_walk(dims, rng):
     assert np.abs(answer.logits).max() == 10
     assert dice(prob > 0.5, truth) > dice(rough, truth) + 0.03
     assert np.array_equal(answer.low_res, answer.logits)
+    weak = replace(asks(rough), mask_logits=np.where(rough, 0.1, -0.1).astype(np.float32))
+    assert np.array_equal(walker.decode(walker.encode(image), weak).logits, answer.logits)
     assert answer.info["solves"] == 2
     assert answer.info["unconverged"] == 0
     assert answer.info["iterations"] > 10
@@ -129,6 +131,7 @@ def test_clicks_win_over_the_mask(rng):
     before, after = walker.decode(state, asks(rough)).logits, walker.decode(state, batch).logits
     assert before[0, 0][tuple(inside)] > 0
     assert after[0, 0][tuple(inside)] == -10
+    assert dice(after > 0, before > 0) > 0.9  # the rest is still the mask's
 
 
 def test_rows_of_all_kinds_in_one_call(rng):
@@ -181,6 +184,7 @@ def test_channels_are_standardised_and_averaged(rng):
     one = walker.encode(image)
     three = walker.encode(np.concatenate([image, 100 * image + 5, image - 7], 1))
     assert np.abs(one.image - three.image).max() < 1e-4
+    assert np.abs(walker.encode(np.concatenate([image, -image], 1)).image).max() < 1e-4
     assert walker.decode(three, asks(rough)).logits.shape == rough.shape
 
 

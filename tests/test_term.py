@@ -173,6 +173,18 @@ def test_check_6_identical_sources_have_no_doubt():
             assert term.last.weight.mean() == pytest.approx(np.exp(-4 * u), abs=1e-4)
 
 
+def test_samples_of_next_to_no_weight_are_left_out():
+    images, truth, _ = scene(batch=1)
+    prob = torch.stack([~truth[:, 0], truth[:, 0]], 1).float()
+    for kappa, skipped in ((5.0, 0), (10.0, 1)):  # u = 1 everywhere: w = exp(-kappa)
+        term = make(Fake(~truth, sure=30.0), kappa=kappa, mode="mask", sample_gate=0.0)
+        logits = student(prob.clamp(0.01, 0.99))
+        loss = term(images, logits, prob, step=STEP)
+        loss.backward()
+        assert term.diagnostics["skipped"] == skipped
+        assert (loss == 0) == (not logits.grad.any()) == bool(skipped)
+
+
 def test_check_3_labels_have_no_way_in():
     """Nothing that computes the term takes a label, and nothing that takes one returns a loss."""
     takes = {
@@ -219,6 +231,7 @@ def test_check_10_lam_sam_0_calls_nothing_and_changes_no_bit():
     off, state_off = train(make(fake, lam_sam=0.0, warmup=0.0))
     on, state_on = train(make("random-walker", lam_sam=5.0, warmup=0.0))
     assert fake.encoded == []
+    assert not make(fake, lam_sam=0.0)(images, student(prob), prob, step=1).requires_grad
     assert all(torch.equal(a, b) for a, b in zip(plain, off, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(plain, on, strict=True))
     assert torch.equal(state, state_off)
@@ -273,14 +286,29 @@ def test_ref_is_the_last_hard_mask():
 
 def test_ref_unc_doubts_over_all_rounds():
     images, truth, prob = scene(batch=1)
-    wrong = [shifted(truth, by) for by in (6, 4, 0)]
-    term = make(Fake(truth, wrong, sure=30.0), preset="ref", mode="unc", clicks=3)
+    wrong = [shifted(truth, by) for by in (6, 4, 5, 0)]  # all but the last would be wrong
+    term = make(Fake(truth, wrong, sure=30.0), preset="ref", mode="unc", clicks=4)
     term(images, student(prob), prob, step=STEP)
     rounds = torch.stack([(truth ^ w)[:, 0].float() for w in wrong])
     share = rounds.mean(0)
     torch.testing.assert_close(term.last.uncertainty, 4 * share * (1 - share), atol=1e-4, rtol=0)
     torch.testing.assert_close(term.last.weight, (-4 * share * (1 - share)).exp(), atol=1e-4, rtol=0)
     assert torch.equal(term.last.label, truth[:, 0].byte())
+
+
+def test_point_takes_the_last_answer_of_every_row():
+    """Mode point in preset plus: rows that stopped early count with their last answer, no round before it."""
+    images, truth, prob = scene()
+    target = prompts.specialist_targets(prob).target
+    wrong = [truth ^ target for _ in range(4)]
+    wrong[0][0] = wrong[1][0] = wrong[2][0] = shifted(truth, 5)[0]
+    wrong[3][0] = shifted(truth, 3)[0]
+    term = make(Fake(truth, wrong), mode="point", clicks=4)
+    term(images, student(prob), prob, step=STEP)
+    sure = torch.sigmoid(torch.tensor(6.0))
+    answer = torch.stack([(truth ^ wrong[3])[0, 0], target[1, 0]])
+    torch.testing.assert_close(term.last.target[:, 1], torch.where(answer, sure, 1 - sure), atol=1e-5, rtol=0)
+    assert term.diagnostics["rounds"] == {"fake": [1, 1]}
 
 
 def test_late_rounds_define_the_label():
@@ -368,6 +396,22 @@ def test_clicks_are_those_of_next_click():
         assert torch.equal(fake.asked[k][0].points[:, :, -1], point)
         assert torch.equal(fake.asked[k][0].labels[:, :, -1], label)
         current = truth ^ wrong[k]
+
+
+def test_clicks_keep_to_the_confident_region():
+    images, truth, prob = scene(batch=1)
+    target, _, _ = prompts.specialist_targets(prob)
+    sure = torch.zeros_like(target)
+    sure[..., :11, :] = True  # unsure beyond: P stays on its side of one half
+    prob[:, 1] = torch.where(sure[:, 0], prob[:, 1], torch.where(target[:, 0], 0.55, 0.45))
+    prob[:, 0] = 1 - prob[:, 1]
+    for tau_p, inside in ((0.5, True), (1.0, False)):
+        term = make(Fake(truth), mode="unc", clicks=1, rule="random", tau_p=tau_p)
+        found = []
+        for step in range(100, 130):
+            term(images, student(prob), prob, step=step)
+            found.append(bool(sure[0, 0][tuple(term.last.clicks["fake"].points[0, 0, 0])]))
+        assert all(found) == inside
 
 
 def test_rule():
@@ -659,6 +703,29 @@ def test_a_later_failure_keeps_the_answers_before():
     assert term.last.target.isfinite().all()
 
 
+def test_rounds_of_a_sample_that_failed_are_nobodys():
+    """A class of sample 0 has no answer while the other goes on for three rounds; sample 1 needs one."""
+    images, truth, prob = scene(classes=3)
+    target = prompts.specialist_targets(prob).target
+
+    class Stops(Broken):
+        def decode(self, state, prompts, active=None):
+            answer = super().decode(state, prompts, active)
+            answer.logits[1] = torch.where(target[1], 6.0, -6.0)
+            return answer
+
+    term = make(Stops(truth, 0), mode="unc", clicks=3)
+    logits = student(prob)
+    with pytest.warns(RuntimeWarning, match="1 answers are not finite"):
+        term(images, logits, prob, step=STEP).backward()
+    assert term.diagnostics["rounds"] == {"fake": [0, 1]}
+    assert term.diagnostics["clicks"] == 2 + 1 + 1 + 2
+    assert not logits.grad[0].any()
+    assert logits.grad[1].any()
+    sure = torch.sigmoid(torch.tensor(6.0))
+    assert term.last.target[1, 1:].amax() == pytest.approx(sure.item(), abs=0.01)
+
+
 def test_a_solve_that_does_not_converge_is_in_the_diagnostics():
     images, _, prob = scene()
     term = make(RandomWalker(max_iter=2))
@@ -684,6 +751,8 @@ def test_logits_that_are_not_finite_are_not_hidden():
         logits[1, 1, 2, 2, 2] = float("nan")
         loss = make(Fake(truth))(images, logits.requires_grad_(), teacher, step=STEP)
         assert loss.isnan()
+    nothing = torch.full_like(prob, float("nan"), requires_grad=True)
+    assert make(Fake(truth))(images, nothing, step=STEP).isnan()
 
 
 # ---- when nothing is to be done -----------------------------------------------------------------
@@ -726,6 +795,9 @@ def test_amp_logits(dtype):
     assert loss.item() == pytest.approx(
         make("random-walker")(images, exact, prob, step=STEP).item(), rel=0.05
     )
+    term(images, logits, step=STEP)  # the student as its own source
+    assert term.last.prob.dtype == torch.float32
+    assert (term.last.prob.sum(1) - 1).abs().max() < 1e-5
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = term(images, logits, prob, step=STEP)
     assert inside.item() == pytest.approx(loss.item(), rel=0.05)
@@ -804,6 +876,7 @@ def test_gate_takes_the_largest_component_that_is_better():
     assert found["choice"] == {"fake": "largest_component"}
     assert found["scores"]["largest_component"] == 1
     assert found["switched"] == ["fake"]
+    assert found["reliability"] == {"fake": 1.0}  # that of what it contributes
     calls = len(fake.encoded)
     logits = student(exact)
     term(images, logits, exact, step=STEP).backward()
@@ -948,6 +1021,7 @@ def test_largest_component_source_never_denies_a_class_that_was_asked_for():
     term = make(Fake(truth), mode="mask")
     term.gate.choice["fake"] = "largest_component"
     logits = student(prob)
+    term.settings["sample_gate"] = 0.0
     term(images, logits, prob, step=STEP).backward()
     assert term.diagnostics["skipped"] == 1
     assert logits.grad[0].any()
