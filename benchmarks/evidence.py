@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "train.precision": "32",
     "train.checkpoint_every": 1000,
     "term.gate_steps": 80,
-    "term.options": {"lam_sam": 5.0},
+    "term.options": {"lam_sam": 20.0},
 }
 
 
