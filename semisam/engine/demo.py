@@ -38,13 +38,13 @@ COST = {"supervised": 0.5, "mean-teacher": 1.2, "semisam-mean-teacher": 1.5}
 PHANTOMS: Any = {"labeled": 16, "unlabeled": 0, "test": 12, "shape": (32, 32, 32)}
 DEFAULTS: dict[str, Any] = {
     "data.labeled": 2,
-    "train.steps": 250,
+    "train.steps": 240,
     "train.lr": 0.05,
     "train.precision": "32",
     "train.checkpoint_every": 50,
     "train.log_every": 5,
-    "term.gate_steps": 80,
-    "term.options": {"lam_sam": 5.0, "ramp_length": 0},
+    "term.gate_steps": 120,  # shorter ones know too little of these volumes to say who should teach
+    "term.options": {"lam_sam": 5.0},
 }
 
 
