@@ -426,6 +426,12 @@ def test_numbers_that_are_not_finite_stop_the_run(data, tmp_path):
     assert saved["student"].keys() == weights(tmp_path / "r").keys()
 
 
+def test_numbers_that_are_not_finite_in_the_gate_stop_the_run(data, tmp_path):
+    made = settings(data, method__name="semisam-mt", term__gate_steps=3, train__lr=1e30, data__validation=0)
+    with pytest.raises(trainer.TrainingError, match=r"the gate's short runs: .* not finite"):
+        trainer.train(made, tmp_path / "r")
+
+
 def test_a_gradient_that_is_not_finite_is_named(data, tmp_path, monkeypatch):
     made = settings(data, method__name="supervised", data__validation=0)
     clip = torch.nn.utils.clip_grad_norm_

@@ -408,12 +408,18 @@ class _Training:
         if self.first:
             steps = gate.gate_steps(self.config)
             say(f"gate: who may teach? Runs of {steps} steps, each without one labeled patient")
-        scans = list(
-            gate.held_out(
-                *(self.config, self.split, self.preprocessing, self.meta, self.fabric),
-                tick=self._stop_if_asked,
+        try:
+            scans = list(
+                gate.held_out(
+                    *(self.config, self.split, self.preprocessing, self.meta, self.fabric),
+                    tick=self._stop_if_asked,
+                )
             )
-        )
+        except NotFinite as error:
+            raise TrainingError(
+                f"the gate's short runs: {', '.join(error.names)} is not finite. Lower train.lr (now "
+                f"{self.config.train.lr}), set train.clip_gradient, or look at the labeled images"
+            ) from error
         if self.first:
             known = all(scan.spacing for scan in scans)
             found = self.term.calibrate(
