@@ -102,7 +102,14 @@ def test_sdist_has_what_a_build_needs(sdist):
     wanted |= {
         str(p.relative_to(ROOT)) for p in (ROOT / "semisam").rglob("*.py*") if p.suffix in (".py", ".pyi")
     }
-    wanted |= {"setup.py", "pyproject.toml", "LICENSE", "semisam/VERSION", "semisam/py.typed"}
+    wanted |= {
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "semisam/VERSION",
+        "semisam/py.typed",
+        "semisam/engine/report.html.j2",
+    }
     assert wanted <= names, wanted - names
     refused = [
         n for n in names if n.endswith((".so", ".o", ".h5", ".nii.gz", ".npz")) or n.startswith("build/")
@@ -133,7 +140,7 @@ def check_wheel(wheel: Path) -> None:
     sources = {
         str(p.relative_to(ROOT)) for p in (ROOT / "semisam").rglob("*.py*") if p.suffix in (".py", ".pyi")
     }
-    expected = sources | {"semisam/py.typed", "semisam/VERSION"}
+    expected = sources | {"semisam/py.typed", "semisam/VERSION", "semisam/engine/report.html.j2"}
     extensions = [n for n in package if n.endswith(".so")]
     assert len(extensions) == 1
     assert extensions[0].startswith("semisam/_core.")
