@@ -139,9 +139,8 @@ def main() -> None:
     options = parser.parse_args()
     bandwidth = {t: copy_bandwidth(t) for t in options.t}
     print("copy bandwidth: " + ", ".join(f"{t}T {b / 1e9:.1f} GB/s" for t, b in bandwidth.items()))
-    machine = {"cpu": platform.processor() or platform.machine(), **_cpu_name()}
     info = {k: v for k, v in semisam.info().items() if k not in ("operators", "platform")}
-    result = {"machine": machine, "bandwidth": bandwidth, "imports": {}, "info": info, "rows": []}
+    result = {"machine": machine(), "bandwidth": bandwidth, "imports": {}, "info": info, "rows": []}
     if not options.k:
         result["imports"] = import_milliseconds()
         print(*(f"{what}: {value:.1f}" for what, value in result["imports"].items()))
@@ -152,6 +151,11 @@ def main() -> None:
                 print_row(result["rows"][-1])
                 if options.o:
                     write_json(options.o, result)  # each time: a run that is stopped keeps its rows
+
+
+def machine() -> dict[str, str]:
+    """What the results were measured on."""
+    return {"cpu": platform.processor() or platform.machine(), **_cpu_name()}
 
 
 def _cpu_name() -> dict[str, str]:

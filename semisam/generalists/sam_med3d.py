@@ -272,7 +272,12 @@ class SamMed3D:
 
 
 class SamMed3DTurbo(SamMed3D):
-    """SAM-Med3D-turbo: SAM-Med3D fine-tuned by its authors on more data sets; see `SamMed3D`."""
+    """SAM-Med3D-turbo: SAM-Med3D fine-tuned by its authors on more data sets; see `SamMed3D`.
+
+    >>> from semisam.generalists.sam_med3d import SamMed3DTurbo
+    >>> SamMed3DTurbo.spec.name, SamMed3DTurbo.spec.default_mode
+    ('sam-med3d-turbo', 'mixed')
+    """
 
     spec = replace(SamMed3D.spec, name="sam-med3d-turbo")
 
@@ -281,6 +286,10 @@ class SegAnyPET(SamMed3D):
     """SegAnyPET: the same network for whole-body PET; see `SamMed3D`.
 
     Paper: Zhang et al., SegAnyPET (arXiv 2502.14351).
+
+    >>> from semisam.generalists.sam_med3d import SegAnyPET
+    >>> SegAnyPET.spec.name, SegAnyPET.spec.input_size
+    ('segany-pet', (128, 128, 128))
     """
 
     spec = replace(
@@ -300,4 +309,4 @@ def _resize(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _place(shape: tuple[int, ...], side: int) -> tuple[slice, ...]:
     """Where a patch lies in the cube [N, 1, side, side, side] that it is padded to."""
-    return (slice(None), slice(None)) + tuple(slice((side - n) // 2, (side - n) // 2 + n) for n in shape)
+    return (slice(None), slice(None), *tuple(slice((side - n) // 2, (side - n) // 2 + n) for n in shape))
