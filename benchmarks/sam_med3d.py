@@ -85,9 +85,10 @@ def main() -> None:
         f"encode 128^3: {e['encode_s']:.2f} s, padded {e['encode_padded_s']:.2f} s: {e['ratio']:.1f}x "
         f"({'met' if e['ratio'] >= 8 else 'NOT MET'}: >= 8x), difference {e['difference']:.1e}"
     )
+    met = "met" if step["own_share"] < 0.02 else "NOT MET"
     print(
         f"term step, B=2, K=6, 128^3: {step['step_s']:.2f} s, generalist {step['generalist_s']:.2f} s, "
-        f"the rest {100 * step['own_share']:.1f} % of it ({'met' if step['own_share'] < 0.02 else 'NOT MET'}: < 2 %), "
+        f"the rest {100 * step['own_share']:.1f} % of it ({met}: < 2 %), "
         f"peak memory {step['peak_mib']:.0f} MiB"
     )
     if options.o:
