@@ -88,8 +88,9 @@ typedef struct ss_doubles {
     int64_t n;
 } ss_doubles;
 
-/* How to run one call. `threads` 0 means as many as there are cores; `isa` NULL the best one here.
- */
+/* How to run one call. `threads` n means up to n, 0 up to as many as there are cores; they start
+ * where the work is worth it. -n means n at once, whatever the work: for tests. `isa` NULL means
+ * the best one here. */
 typedef struct ss_exec {
     int32_t device;
     int32_t device_index;
