@@ -404,7 +404,9 @@ def test_threads(threads):
 
 @pytest.mark.parametrize("threads", [-257, 257, 2**40])
 def test_threads_out_of_range(threads):
-    text = f"mask_logits(): threads: expected 0 (automatic) to 256, or as many below 0 (at once), got {threads}"
+    text = (
+        f"mask_logits(): threads: expected 0 (automatic) to 256, or as many below 0 (at once), got {threads}"
+    )
     refuses(ValueError, text, prob(), 1, 1, 1, out(), threads)
 
 
