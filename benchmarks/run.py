@@ -164,9 +164,8 @@ def main() -> None:
                     write_json(options.o, result)  # each time: a run that is stopped keeps its rows
     with_target = [row for row in result["rows"] if row["targets"]]
     missed = [f"{row['name']} {row['threads']}T" for row in with_target if not row["met"]]
-    print(
-        f"{len(with_target) - len(missed)} of {len(with_target)} rows met; not met: {'; '.join(missed) or '-'}"
-    )
+    share = f"{len(with_target) - len(missed)} of {len(with_target)}"
+    print(f"{share} rows met; not met: {'; '.join(missed) or '-'}")
 
 
 def machine() -> dict[str, str]:
