@@ -65,9 +65,10 @@ _threads = int(os.environ.get("SEMISAM_THREADS", "0") or 0)
 
 
 def set_num_threads(n: int) -> None:
-    """Use `n` threads in every later call; 0 (the default) follows torch, else uses all cores.
+    """Use up to `n` threads in every later call; 0 (the default) follows torch, else allows all cores.
 
-    Results do not depend on it. DataLoader workers use one thread, as torch tells them to.
+    There are never more than cores, and a call that is too short for company has one. Results do not
+    depend on it. DataLoader workers use one thread, as torch tells them to.
 
     >>> import semisam
     >>> semisam.set_num_threads(0)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from semisam import SemiSAMTerm, generalists, weights
 from semisam.commands import train as train_command
 from semisam.engine import config
+from semisam.engine.setup import build_term
 from semisam.generalists import sam_med3d
 from semisam.generalists.sam_med3d import SamMed3D
 from semisam.generalists.sam_med3d_network import Architecture, Attention, SamMed3DNetwork
@@ -83,7 +84,7 @@ def test_padding_as_one_key_at_the_published_size():
         assert float((layer(x, True) - layer(x, False)).abs().max()) < 1e-5
 
 
-def test_attention_is_the_formula(rng):
+def test_attention_is_the_formula():
     """Every score written out, padded keys one by one, with the queries of B and C at the key's index."""
     torch.manual_seed(5)
     n, window, width, heads = 2, 3, 8, 2
@@ -141,6 +142,90 @@ def test_tokens_of_points(network):
     for i in (1, 2):  # padding, and the token that always follows
         assert torch.equal(tokens[0, i], encoder.not_a_point_embed.weight[0])
     assert encoder.sparse(points[:, :0], torch.zeros(1, 0, dtype=torch.int64)).shape == (1, 0, 48)
+
+
+def layer_norm(x, weight, bias, eps):
+    """Over the last axis, written out."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def test_a_block_is_the_formula():
+    """x += Attn(LN(x)); x += W2 GELU(W1 LN(x)), the exact GELU."""
+    torch.manual_seed(7)
+    block = SamMed3DNetwork(SMALL).image_encoder.blocks[0].double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    x = torch.randn(1, 4, 4, 4, 48, dtype=torch.float64)
+    w = dict(block.named_parameters())
+    y = x + block.attn(layer_norm(x, w["norm1.weight"], w["norm1.bias"], 1e-6), True)
+    h = layer_norm(y, w["norm2.weight"], w["norm2.bias"], 1e-6) @ w["mlp.lin1.weight"].T + w["mlp.lin1.bias"]
+    h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+    expected = y + h @ w["mlp.lin2.weight"].T + w["mlp.lin2.bias"]
+    assert torch.allclose(block(x, True), expected, atol=1e-10)
+
+
+def decoded(state, heads, features, position, sparse):
+    """The mask decoder by the names of its weights: logits of mask 0 and its quality."""
+
+    def linear(name, x):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name, x, eps=1e-5):
+        return layer_norm(x, state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+    def attend(name, q, k, v):
+        parts = []
+        q, k, v = (linear(f"{name}.{n}_proj", x) for n, x in (("q", q), ("k", k), ("v", v)))
+        for part in range(heads):
+            own = slice(part * q.shape[-1] // heads, (part + 1) * q.shape[-1] // heads)
+            score = q[..., own] @ k[..., own].transpose(1, 2) / math.sqrt(q.shape[-1] / heads)
+            parts.append(score.softmax(-1) @ v[..., own])
+        return linear(f"{name}.out_proj", torch.cat(parts, -1))
+
+    def mlp(name, x):
+        x = linear(f"{name}.layers.0", x).clamp_min(0)
+        return linear(f"{name}.layers.2", linear(f"{name}.layers.1", x).clamp_min(0))
+
+    own = torch.cat([state["iou_token.weight"], state["mask_tokens.weight"]])
+    asked = torch.cat([own.expand(len(sparse), -1, -1), sparse], 1)
+    tokens, image, place = asked, features.flatten(2).transpose(1, 2), position.flatten(2).transpose(1, 2)
+    for i in range(2):
+        at = f"transformer.layers.{i}"
+        if i == 0:
+            tokens = attend(f"{at}.self_attn", tokens, tokens, tokens)
+        else:
+            tokens = tokens + attend(f"{at}.self_attn", tokens + asked, tokens + asked, tokens)
+        tokens = norm(f"{at}.norm1", tokens)
+        seen = attend(f"{at}.cross_attn_token_to_image", tokens + asked, image + place, image)
+        tokens = norm(f"{at}.norm2", tokens + seen)
+        inner = linear(f"{at}.mlp.lin1", tokens).clamp_min(0)
+        tokens = norm(f"{at}.norm3", tokens + linear(f"{at}.mlp.lin2", inner))
+        seen = attend(f"{at}.cross_attn_image_to_token", image + place, tokens + asked, tokens)
+        image = norm(f"{at}.norm4", image + seen)
+    seen = attend("transformer.final_attn_token_to_image", tokens + asked, image + place, image)
+    tokens = norm("transformer.norm_final_attn", tokens + seen)
+    fine = image.transpose(1, 2).reshape(features.shape)
+    up = ("output_upscaling.0", "output_upscaling.3")
+    fine = F.conv_transpose3d(fine, state[f"{up[0]}.weight"], state[f"{up[0]}.bias"], 2)
+    fine = F.gelu(norm("output_upscaling.1", fine.movedim(1, -1), 1e-6).movedim(-1, 1))
+    fine = F.gelu(F.conv_transpose3d(fine, state[f"{up[1]}.weight"], state[f"{up[1]}.bias"], 2))
+    weight = mlp("output_hypernetworks_mlps.0", tokens[:, 1])
+    logits = (weight[:, :, None, None, None] * fine).sum(1, keepdim=True)
+    return logits, mlp("iou_prediction_head", tokens[:, 0])[:, 0]
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_the_decoder_is_the_formula(tokens):
+    torch.manual_seed(11)
+    decoder = SamMed3DNetwork(SMALL).mask_decoder.double().eval()
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    features, position = torch.randn(2, 48, 4, 4, 4).double(), torch.randn(1, 48, 4, 4, 4).double()
+    sparse = torch.randn(2, tokens, 48).double()
+    expected = decoded(decoder.state_dict(), SMALL.decoder_heads, features, position, sparse)
+    for made, wanted in zip(decoder(features, position, sparse), expected, strict=True):
+        assert torch.allclose(made, wanted, atol=1e-9, rtol=1e-9)
 
 
 def test_only_mask_0_is_computed(network):
@@ -298,8 +383,22 @@ def test_rows_do_not_depend_on_each_other(sam):
     assert together.logits.std(dim=(1, 2, 3, 4)).min() > 0
 
 
-def test_rows_that_are_not_asked_for(sam):
+def test_classes_and_samples_keep_their_places(sam):
+    """Two samples of three classes: every row gets its own sample's features and its own prompts."""
     shape = (20, 24, 16)
+    images = torch.rand(2, 1, *shape, generator=torch.Generator().manual_seed(4))
+    points = [[[[i + 1, 4 * c + 2, 5]] for c in range(3)] for i in range(2)]
+    labels = [[[1], [0], [1]], [[0], [1], [1]]]
+    together = sam.decode(sam.encode(images), clicks(shape, points, labels)).logits
+    for i in range(2):
+        for c in range(3):
+            batch = clicks(shape, [[points[i][c]]], [[labels[i][c]]])
+            alone = sam.decode(sam.encode(images[i : i + 1]), batch).logits
+            assert torch.allclose(alone[0, 0], together[i, c], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(20, 24, 16), (45, 32, 20)])
+def test_rows_that_are_not_asked_for(sam, shape):
     state = sam.encode(torch.rand(2, 1, *shape))
     batch = clicks(shape, [[[[3, 4, 5]], [[1, 2, 3]]]] * 2, [[[1], [0]]] * 2)
     everything = sam.decode(state, batch)
@@ -380,6 +479,10 @@ def test_bad_input(sam, network):
         SamMed3D(network=network, resample_mm=0)
     with pytest.raises(FileNotFoundError):
         SamMed3D("nowhere.pth")
+    settings = [("term.generalists", ["sam-med3d"])]
+    settings.append(("term.generalist_options.sam-med3d.checkpoint", "nowhere.pth"))
+    with pytest.raises(config.ConfigError, match=r"term.generalists: .*nowhere.pth"):
+        build_term(config.load(settings=settings))
 
 
 class Poison:
@@ -434,8 +537,9 @@ def test_wrong_checkpoints_are_refused_with_what_differs(network, tmp_path, smal
     with pytest.raises(ValueError, match="damage or in another format"):
         SamMed3D(tmp_path / "w.pth")
     assert "run" not in capsys.readouterr().out
-    torch.save({"a": torch.zeros(1), "args": argparse.Namespace()}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="Namespace"):  # only for those who say that there is a rest
+    torch.save({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace()}, tmp_path / "w.pth")
+    assert list(weights.read(tmp_path / "w.pth", rest=True)) == ["a"]
+    with pytest.raises(ValueError, match="the Python object argparse.Namespace"):  # not said to be there
         weights.read(tmp_path / "w.pth")
 
 

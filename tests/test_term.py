@@ -361,10 +361,18 @@ def test_modes(mode, calls, clicks, masks):
 
 def test_a_generalist_may_frame_its_mask_prompt_itself():
     images, truth, prob = scene()
-    fake = Fake(truth, mask_size=(4, 4, 4))
-    fake.mask_prompt = lambda p, state: torch.full((*p.shape[:2], 4, 4, 4), 0.25)
+    fake, seen = Fake(truth, mask_size=(4, 4, 4)), []
+
+    def mask_prompt(p, state):
+        seen.append((p, state))
+        return torch.full((*p.shape[:2], 4, 4, 4), 0.25)
+
+    fake.mask_prompt = mask_prompt
     make(fake, mode="mask")(images, student(prob), prob, step=STEP)
     assert (fake.asked[0][0].mask_logits == 0.25).all()
+    ((given, state),) = seen
+    assert torch.equal(given, prob[:, 1:])
+    assert state == len(images)  # what the fake's encode returns
 
 
 def test_prompts_go_only_where_a_generalist_takes_them():

@@ -14,9 +14,11 @@
 /* Runs items begin..end-1; `thread` is 0..threads-1, for choosing a scratch area. */
 typedef void (*ss_body)(void *ctx, int64_t begin, int64_t end, int32_t thread);
 
-/* How many threads ss_parallel_for will use for n items in groups of `grain`. */
+/* The most threads that ss_parallel_for will use for n items in groups of `grain`: for scratch. */
 int32_t ss_parallel_threads(const ss_exec *x, int64_t n, int64_t grain);
-/* Calls body for groups of `grain` items until all n are done; returns when they are. */
+/* Calls body for groups of `grain` items until all n are done; returns when they are. The caller
+ * begins alone and its pace decides whether others are started, so a grain need not be worth a
+ * thread: small groups tell the pace early, and are shared out evenly. */
 void ss_parallel_for(const ss_exec *x, int64_t n, int64_t grain, ss_body body, void *ctx);
 
 /* A team that lives for one call, for algorithms of many short sweeps that depend on each other:

@@ -144,13 +144,15 @@ class SamMed3D:
         batch, classes, _ = prompts.labels.shape
         self._check(state, prompts, active)
         low = torch.full((batch * classes, *self._mask_size), _UNASKED, device=state.features.device)
-        rows = torch.ones(batch * classes, dtype=torch.bool) if active is None else active.reshape(-1)
-        for index, points, labels, masks in self._groups(state, prompts, rows.to(low.device).bool()):
+        rows = torch.ones(len(low), dtype=torch.bool, device=low.device)
+        if active is not None:
+            rows = active.reshape(-1).to(rows)
+        for index, points, labels, masks in self._groups(state, prompts, rows):
             with self._at(low.device):
                 made, _ = self.network.decode(state.features[index // classes], points, labels, masks)
             low[index] = made[:, 0].float()
-        logits = self._to_patch(low[:, None], state)
-        logits[~rows.to(low.device).bool()] = _UNASKED
+        logits = torch.full((len(low), *state.shape), _UNASKED, device=low.device)
+        logits[rows] = self._to_patch(low[rows][:, None], state)[:, 0]
         head = (batch, classes)
         return Decoded(logits.reshape(*head, *state.shape), low.reshape(*head, *self._mask_size))
 
@@ -197,14 +199,11 @@ class SamMed3D:
             low = torch.full_like(low, self.background)
         cube = self._into_cube(x, low)
         inside = cube > low
-        n = inside.sum((1, 2, 3, 4), keepdim=True).double()
-        mean = torch.where(inside, cube, 0).sum(
-            (1, 2, 3, 4), keepdim=True, dtype=torch.float64
-        ) / n.clamp_min(1)
-        off = (
-            torch.where(inside, cube - mean, 0).square().sum((1, 2, 3, 4), keepdim=True, dtype=torch.float64)
-        )
-        deviation = (off / (n - 1).clamp_min(1)).sqrt()
+        over: dict[str, Any] = {"dim": (1, 2, 3, 4), "keepdim": True, "dtype": torch.float64}
+        n = inside.sum(**over)
+        mean = torch.where(inside, cube, 0).sum(**over) / n.clamp_min(1)
+        squares = torch.where(inside, cube - mean, 0).square().sum(**over)
+        deviation = (squares / (n - 1).clamp_min(1)).sqrt()
         deviation = torch.where(deviation > 0, deviation, 1)
         return ((cube - torch.where(n > 0, mean, low.double())) / deviation).float()
 
@@ -214,7 +213,7 @@ class SamMed3D:
         cube = _resize(low, (side,) * 3)
         if max(state.resampled) <= side:
             cube = cube[_place(state.resampled, side)]
-        return _resize(cube, state.shape).clone()
+        return _resize(cube, state.shape)
 
     def _groups(self, state: CubeState, batch: PromptBatch, rows: Tensor) -> Any:
         """(row numbers, points, labels, masks) of the rows asked for, by their number of clicks."""
