@@ -539,7 +539,7 @@ def test_wrong_checkpoints_are_refused_with_what_differs(network, tmp_path, smal
     assert "run" not in capsys.readouterr().out
     torch.save({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace()}, tmp_path / "w.pth")
     assert list(weights.read(tmp_path / "w.pth", rest=True)) == ["a"]
-    with pytest.raises(ValueError, match="the Python object argparse.Namespace"):  # not said to be there
+    with pytest.raises(ValueError, match=r"the Python object argparse\.Namespace"):  # not said to be there
         weights.read(tmp_path / "w.pth")
 
 
