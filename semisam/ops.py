@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -43,8 +44,11 @@ SCHEMA: dict[str, tuple[Arg, ...]] = {
 
 _IS_OUT = {op: tuple(arg.kind == "out" for arg in args) for op, args in SCHEMA.items()}
 
-# Arrays of this size get huge pages: first touch of fresh 4 KiB pages costs more than most operators.
-_HUGE = 8 << 20
+# Outputs of this many bytes get blocks that are used again: first touch of fresh pages costs more than most
+# operators. At most `_KEPT` bytes wait for the next call once their arrays have died.
+_LARGE = 2 << 20
+_KEPT = int(os.environ.get("SEMISAM_KEEP_MB", "") or 256) << 20
+_core.keep_at_most(_KEPT)
 
 _NUMPY = {
     "bool": np.bool_,
@@ -118,7 +122,7 @@ def call(op: str, *args: Any) -> Any:
     if tensors:
         return _torch_call(op, args)
     inputs = [_contiguous(a) for a in args]
-    outputs: list[Any] = [np.empty(shape, _NUMPY[dtype]) for shape, dtype in output_specs(op, inputs)]
+    outputs: list[Any] = [_empty(shape, np.dtype(_NUMPY[dtype])) for shape, dtype in output_specs(op, inputs)]
     _raw(op, inputs, outputs)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -142,6 +146,11 @@ def _contiguous(a: Any) -> Any:
     if isinstance(a, (list, tuple)):
         return [_contiguous(v) for v in a]
     return a
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    size = math.prod(shape) * dtype.itemsize
+    return _core.empty(size).view(dtype).reshape(shape) if size >= _LARGE else np.empty(shape, dtype)
 
 
 def _raw(op: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -310,10 +319,12 @@ def _torch_kernel(op: str, torch: Any) -> Any:
         device = _device(inputs, torch)
         outputs = []
         for shape, dtype in output_specs(op, inputs):
-            out = torch.empty(shape, dtype=dtypes[dtype], device=device)
-            if device.type == "cpu" and out.nbytes >= _HUGE:
-                _core.advise_huge(out)
-            outputs.append(out)
+            size = math.prod(shape) * dtypes[dtype].itemsize
+            if device.type == "cpu" and size >= _LARGE:
+                storage = torch.from_numpy(_core.empty(size)).untyped_storage()
+                outputs.append(torch.empty(0, dtype=dtypes[dtype]).set_(storage, 0, shape))
+            else:
+                outputs.append(torch.empty(shape, dtype=dtypes[dtype], device=device))
         _raw(op, inputs, outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 

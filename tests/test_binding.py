@@ -7,12 +7,15 @@ All on `_core.mask_logits`, whose schema is short: (prob, d, h, w, logits), then
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -548,12 +551,123 @@ def test_schema_and_build_info():
     assert build["isa"][-1] == "base"
 
 
-def test_advise_huge():
-    big = np.zeros(16 << 20, np.uint8)
-    assert _core.advise_huge(big) is None
-    assert _core.advise_huge(np.zeros(1, np.uint8)) is None
-    with pytest.raises(TypeError, match=r"^advise_huge\(\): array: expected a NumPy array"):
-        _core.advise_huge(3)
+@pytest.fixture
+def pool():
+    """An empty pool that keeps 64 MiB; the usual bound afterwards."""
+    _core.keep_at_most(0)
+    _core.keep_at_most(64 << 20)
+    yield
+    _core.keep_at_most(0)
+    _core.keep_at_most(ops._KEPT)
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+def test_dead_outputs_are_used_again(pool):
+    a = _core.empty(5_000_000)
+    assert a.dtype == np.uint8
+    assert a.shape == (5_000_000,)
+    assert a.flags.writeable
+    assert _core.kept() == 0
+    a[:] = 7
+    b, where = a[100:200], address(a)
+    del a
+    assert _core.kept() == 0
+    assert (b == 7).all()
+    del b
+    assert 5_000_000 <= _core.kept() < 5_100_000
+    small = _core.empty(3_000_000)  # the block is too large for it
+    assert not where <= address(small) < where + 5_000_000
+    again = _core.empty(4_900_000)
+    assert address(again) == where
+    assert _core.kept() == 0
+
+
+def test_kept_memory_has_a_bound(pool):
+    held = [_core.empty((i + 2) << 20) for i in range(20)]
+    held.clear()
+    assert 32 << 20 <= _core.kept() <= 64 << 20
+    large = _core.empty(65 << 20)
+    del large  # larger than the bound: at once, and the others stay
+    assert 32 << 20 <= _core.kept() <= 64 << 20
+    for _ in range(40):  # more blocks than there is room to remember
+        held.append(_core.empty(1 << 20))
+    held.clear()
+    assert 0 < _core.kept() <= 64 << 20
+    _core.keep_at_most(0)
+    assert _core.kept() == 0
+    a = _core.empty(1 << 20)
+    del a
+    assert _core.kept() == 0
+
+
+def test_the_pool_says_what_it_wants():
+    for call in (_core.empty, _core.keep_at_most):
+        with pytest.raises(ValueError, match=r"bytes: expected 0 or more, got -1"):
+            call(-1)
+        with pytest.raises(OverflowError):
+            call(2**80)
+        with pytest.raises(TypeError):
+            call("x")
+    with pytest.raises(MemoryError):
+        _core.empty(2**62)
+    assert _core.empty(0).shape == (0,)
+
+
+def test_threads_share_the_pool_and_never_a_block(pool):
+    """Each thread fills what it got with its number and finds nothing else there afterwards."""
+
+    def work(number):
+        for i in range(200):
+            a = _core.empty((1 + i % 3) << 20)
+            a[::4096] = number
+            time.sleep(0)
+            if not (a[::4096] == number).all():
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(work, range(8)))
+    assert _core.kept() <= 64 << 20
+
+
+def test_a_forked_child_uses_the_pool(pool):
+    a = _core.empty(8 << 20)
+    a[:] = 1
+    held = _core.empty(8 << 20)
+    del held
+    child = os.fork()
+    if child == 0:
+        b = _core.empty(8 << 20)
+        b[:] = 2
+        os._exit(0 if (a == 1).all() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (a == 1).all()
+    assert _core.kept() >= 8 << 20
+
+
+def test_large_outputs_come_from_the_pool(pool):
+    prob = np.full((1, 100, 100, 100), 0.5, np.float32)
+    out = ops.call("mask_logits", prob, 100, 100, 100)
+    assert out.shape == prob.shape
+    assert out.dtype == np.float32
+    assert (out == 0).all()
+    where = address(out)
+    del out
+    assert _core.kept() >= prob.nbytes
+    assert address(ops.call("mask_logits", prob, 100, 100, 100)) == where
+    torch = pytest.importorskip("torch")
+    tensor = ops.call("mask_logits", torch.from_numpy(prob), 100, 100, 100)
+    assert tensor.data_ptr() == where
+    assert tensor.is_contiguous()
+    assert not tensor._is_view()
+    assert tensor.untyped_storage().nbytes() == prob.nbytes
+    shared = tensor.share_memory_()  # moves it out of the block
+    assert shared.is_shared()
+    assert bool((shared == 0).all())
+    assert _core.kept() >= prob.nbytes
 
 
 def test_binding_keeps_to_the_limited_api():

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * binding.h: what the three files of the Python binding share. Needs semisam.h only.
+ * binding.h: what the four files of the Python binding share. Needs semisam.h only.
  */
 #ifndef SS_BINDING_H
 #define SS_BINDING_H
@@ -29,5 +29,13 @@ int ss_py_stream(PyObject *object, const ss_tensor *t, void **stream);
 /* Converts arguments by the schema, checks, runs without the GIL; None or NULL with an exception.
  */
 PyObject *ss_py_call(int32_t op, PyObject *const *args, Py_ssize_t n);
+
+/* Blocks for large outputs. */
+typedef struct ss_pool ss_pool;
+ss_pool *ss_pool_new(void);                      /* keeps nothing yet; NULL with an exception */
+void ss_pool_end(ss_pool *pool);                 /* blocks in use live on; takes NULL */
+void ss_pool_limit(ss_pool *pool, size_t bound); /* bytes of dead arrays to keep at most */
+size_t ss_pool_kept(const ss_pool *pool);        /* bytes that are kept now */
+PyObject *ss_pool_array(ss_pool *pool, Py_ssize_t bytes); /* new uint8 array, not initialised */
 
 #endif

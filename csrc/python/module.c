@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * module.c: the extension module semisam._core (PEP 489, no module state). One function per line of
- * ops.def, and a few that tell about the build.
+ * module.c: the extension module semisam._core (PEP 489). One function per line of ops.def, a few
+ * that tell about the build, and the memory of large outputs, which is the module's only state.
  */
 #define SS_IMPORTS_NUMPY
 #include "binding.h"
@@ -63,19 +63,36 @@ static PyObject *build_info(PyObject *module, PyObject *none) {
                          "compiler", __VERSION__, "cpu_count", (int)ss_cpu_count(), "isa", isas);
 }
 
-static PyObject *advise_huge(PyObject *module, PyObject *object) {
-    (void)module;
-    ss_tensor t;
-    PyObject *keep = PyList_New(0);
-    if (!keep) {
+typedef struct state {
+    ss_pool *pool;
+} state;
+
+/* A number of bytes, or -1 with an exception. */
+static Py_ssize_t bytes_of(PyObject *object, const char *function) {
+    Py_ssize_t n = PyNumber_AsSsize_t(object, PyExc_OverflowError);
+    if (n < 0 && !PyErr_Occurred()) {
+        PyErr_Format(PyExc_ValueError, "%s(): bytes: expected 0 or more, got %zd", function, n);
+    }
+    return n;
+}
+
+static PyObject *empty(PyObject *module, PyObject *object) {
+    Py_ssize_t n = bytes_of(object, "empty");
+    return n < 0 ? NULL : ss_pool_array(((state *)PyModule_GetState(module))->pool, n);
+}
+
+static PyObject *keep_at_most(PyObject *module, PyObject *object) {
+    Py_ssize_t n = bytes_of(object, "keep_at_most");
+    if (n < 0) {
         return NULL;
     }
-    int status = ss_py_tensor(object, "advise_huge", "array", &t, keep);
-    if (status == 0 && t.device == SS_CPU) {
-        ss_advise_huge(t.data, (size_t)ss_count(&t) * ss_dtype_size(t.dtype));
-    }
-    Py_DECREF(keep);
-    return status == 0 ? Py_NewRef(Py_None) : NULL;
+    ss_pool_limit(((state *)PyModule_GetState(module))->pool, (size_t)n);
+    return Py_NewRef(Py_None);
+}
+
+static PyObject *kept(PyObject *module, PyObject *none) {
+    (void)none;
+    return PyLong_FromSize_t(ss_pool_kept(((state *)PyModule_GetState(module))->pool));
 }
 
 /* A cast through void(*)(void) is how CPython's own modules store fast-call functions. */
@@ -86,14 +103,25 @@ static PyMethodDef methods[] = {
 #include "../ops.def"
     {"schema", schema, METH_NOARGS, "schema()\n--\n\nWhat ops.def says, as nested tuples."},
     {"build_info", build_info, METH_NOARGS, "build_info()\n--\n\nHow the core was built."},
-    {"advise_huge", advise_huge, METH_O,
-     "advise_huge(array, /)\n--\n\nAsk for huge pages behind a large fresh array."},
+    {"empty", empty, METH_O,
+     "empty(bytes, /)\n--\n\nA new uint8 array; its memory is used again when it has died."},
+    {"keep_at_most", keep_at_most, METH_O,
+     "keep_at_most(bytes, /)\n--\n\nThe bound on memory that waits for the next large output."},
+    {"kept", kept, METH_NOARGS, "kept()\n--\n\nBytes of memory that wait for large outputs."},
     {NULL, NULL, 0, NULL},
 };
 
 static int exec_module(PyObject *module) {
-    (void)module;
-    return PyArray_ImportNumPyAPI();
+    state *s = PyModule_GetState(module);
+    s->pool = ss_pool_new();
+    return s->pool ? PyArray_ImportNumPyAPI() : -1;
+}
+
+static void free_module(void *module) {
+    state *s = PyModule_GetState(module);
+    if (s) {
+        ss_pool_end(s->pool);
+    }
 }
 
 static PyModuleDef_Slot slots[] = {
@@ -102,7 +130,7 @@ static PyModuleDef_Slot slots[] = {
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* as NumPy */
 #endif
 #if PY_VERSION_HEX >= 0x030D0000
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* no shared mutable state */
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* the pool is atomic */
 #endif
     {0, NULL},
 };
@@ -111,9 +139,10 @@ static PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "semisam._core",
     .m_doc = "The C core of semisam: one function per operator, on arrays that the caller owns.",
-    .m_size = 0,
+    .m_size = sizeof(state),
     .m_methods = methods,
     .m_slots = slots,
+    .m_free = free_module,
 };
 
 PyMODINIT_FUNC PyInit__core(void) {

@@ -66,8 +66,10 @@ for name, error, args in [
     check(name, raises(error, raw, *args), (prob, out, *args))
 check("schema", _core.schema, times=500)
 check("build_info", _core.build_info)
-check("advise_huge", lambda: _core.advise_huge(prob), (prob,))
-check("advise_huge fails", raises(TypeError, _core.advise_huge, 3))
+check("empty", lambda: _core.empty(3 << 20))
+check("empty fails", raises(ValueError, _core.empty, -1))
+check("keep_at_most", lambda: _core.keep_at_most(1 << 20))
+check("kept", _core.kept)
 check("ops.call", lambda: ops.call("mask_logits", prob, 1, 1, 1), (prob,))
 
 # Lists and numbers of whatever operators have them.
