@@ -201,6 +201,29 @@ def test_sigmoid_is_accurate_everywhere():
     assert np.isnan(fuse([np.full((1, 1, 3), np.nan, np.float32)], logits=True).mean).all()
 
 
+@pytest.mark.parametrize("weight", ["exp", "linear"])
+@pytest.mark.parametrize("s", range(2, 15))
+def test_every_number_of_maps_has_its_sums(rng, s, weight):
+    """Up to 12 maps each have a loop of their own; one more source has no weight, one voxel is NaN."""
+    maps = rng.random((s + 1, 2, 1, 1283), np.float32)
+    maps[s // 2, 1, 0, 700] = np.nan
+    r = np.append(np.arange(s) % 3 + 1.0, 0)
+    r /= r.sum()
+    got = fuse(list(maps), r, weight=weight, want=("mean", "uncertainty", "weight", "label", "confidence"))
+    p = maps[:s].astype(np.float64)
+    mean = np.tensordot(r[:s], p, 1)
+    u = np.clip(4 * (np.tensordot(r[:s], p**2, 1) - mean**2), 0, 1)[:, 0]
+    for made, exact in (
+        (got.mean, mean),
+        (got.uncertainty, u),
+        (got.weight, np.exp(-4 * u) if weight == "exp" else 1 - u),
+        (got.confidence, np.maximum(mean, 1 - mean)[:, 0]),
+    ):
+        np.testing.assert_allclose(np.asarray(made).reshape(exact.shape), exact, atol=1e-6)
+    sure = np.abs(mean[:, 0] - 0.5) > 1e-6
+    assert (got.label[sure] == (mean[:, 0] > 0.5)[sure]).all()
+
+
 @pytest.mark.parametrize("s", [3, 4, 5, 8])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_mean_of_logits_is_accurate_everywhere(rng, s, channels):

@@ -47,6 +47,7 @@ typedef struct sample {
     int64_t ref_l; /* -1: no source has weight here */
     int64_t ref_u;
     int same; /* r_lab = r_unc: the mean is mu */
+    int maps; /* sources with weight, if fuse_maps.h has a loop for them; else 0 */
 } sample;
 
 typedef struct plan {
@@ -61,11 +62,27 @@ typedef struct plan {
     double scale; /* of u */
     int sigmoids; /* all that is wanted of the sources is the mean of foreground logits */
     int need_u, need_mu, need_var, need_mi, need_mean, need_conf;
-    int direct; /* sources are used where they are */
+    int direct;    /* sources are used where they are */
+    int short_way; /* see fuse_maps.h */
+    int64_t strip; /* voxels at a time there */
     int stream;
     char *scratch;
     int64_t area_bytes;
 } plan;
+
+#if defined(__SSE2__)
+/* 64 bytes past the caches, to an aligned place. */
+static inline void stream_line(uint8_t *to, const uint8_t *from) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((void *)to, _mm512_loadu_si512(from));
+#else
+    for (int64_t k = 0; k < 64; k += 16) {
+        _mm_stream_si128((__m128i *)(void *)(to + k),
+                         _mm_loadu_si128((const __m128i *)(const void *)(from + k)));
+    }
+#endif
+}
+#endif
 
 /* Copies a block to an output. Large outputs go past the caches: they do not fit anyway, and memory
  * need not be read before it is overwritten. */
@@ -75,15 +92,16 @@ static void store_bytes(int stream, void *to, const void *from, int64_t bytes) {
 #if defined(__SSE2__)
     int64_t head = (int64_t)(-(uintptr_t)d & 63);
     if (stream && bytes >= head + 64) {
-        memcpy(d, s, (size_t)head);
         int64_t i = head;
-        for (; i + 64 <= bytes; i += 64) {
-            for (int64_t k = i; k < i + 64; k += 16) {
-                _mm_stream_si128((__m128i *)(void *)(d + k),
-                                 _mm_loadu_si128((const __m128i *)(const void *)(s + k)));
-            }
+        if (head) {
+            memcpy(d, s, (size_t)head);
         }
-        memcpy(d + i, s + i, (size_t)(bytes - i));
+        for (; i + 64 <= bytes; i += 64) {
+            stream_line(d + i, s + i);
+        }
+        if (i < bytes) {
+            memcpy(d + i, s + i, (size_t)(bytes - i));
+        }
         return;
     }
 #endif
@@ -147,6 +165,8 @@ static int32_t add_sigmoids(int64_t n, const float *r, const float *const *z, fl
     }
     return most;
 }
+
+#include "fuse_maps.h"
 
 #define REAL float
 #define FN(x) x##_f32
@@ -223,6 +243,14 @@ static ss_status column(ss_exec *x, const char *name, const ss_doubles *r, const
     return SS_OK;
 }
 
+static int count_maps(const plan *f, const double *r) {
+    int count = 0;
+    for (int64_t s = 0; s < f->S; ++s) {
+        count += r[s] > 0;
+    }
+    return maps_loop_for(count) ? count : 0;
+}
+
 static ss_status read_weights(ss_exec *x, plan *f) {
     int64_t used = 0;
     for (int64_t b = 0; b < f->B; ++b) {
@@ -246,6 +274,7 @@ static ss_status read_weights(ss_exec *x, plan *f) {
         of->r_lab = r;
         of->r_unc = r + f->S;
         of->same = memcmp(r, r + f->S, (size_t)f->S * sizeof *r) == 0;
+        of->maps = f->short_way && of->same ? count_maps(f, r) : 0;
         used += of->ref_l >= 0;
     }
     return used ? SS_OK
@@ -307,6 +336,7 @@ static void lay_out(plan *f) {
         const int32_t dtype = a->sources.at[s].dtype;
         f->direct &= dtype == SS_F32 || dtype == SS_F64;
     }
+    f->short_way = f->direct && f->L == 1 && f->need_var && a->sources.at[0].dtype == SS_F32;
     double chance = 1.0 / (double)f->K;
     /* Both classes of a foreground row have the same variance. */
     double var = (f->L == 1 ? 2.0 : 1.0) / (1.0 - chance);
@@ -315,6 +345,8 @@ static void lay_out(plan *f) {
     f->n = n < 64 ? 64 : (n > SS_BLOCK ? SS_BLOCK : n);
     f->blocks = (f->V + f->n - 1) / f->n;
     f->stream = f->B * f->V * 4 >= 1 << 20;
+    /* Short strips, unless they would cut lines that go past the caches. */
+    f->strip = f->B == 1 || f->V % STRIP == 0 || !f->stream ? STRIP : f->n;
     int wide = a->sources.at[0].dtype == SS_F64;
     f->area_bytes = ((4 + GROUP) * f->L + 9 + 2 * GROUP) * f->n * (wide ? 8 : 4);
 }

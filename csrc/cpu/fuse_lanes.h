@@ -642,6 +642,39 @@ static int FN(means)(const plan *f, const sample *of, const FN(area) * w, int64_
 #endif
 }
 
+#ifdef REAL_SIGMOIDS
+/* A block of the common case, strip by strip: what comes out is stored while it is in L1. */
+static void FN(short_way)(const plan *f, const sample *of, const FN(area) * w, int64_t b,
+                          int64_t at, int64_t n) {
+    const float rate = (float)(f->a->kappa * -1.4426950408889634); /* of 2^ instead of e^ */
+    const int64_t step = f->strip;
+    const int own_weight = f->a->want_weight && f->a->weighting != WEIGHT_EXP;
+    const maps_loop loop = maps_loop_for(of->maps);
+    const float *p[SS_MAX_LIST];
+    float r[SS_MAX_LIST];
+    int count = 1;
+    p[0] = (const float *)f->a->sources.at[of->ref_u].data + b * f->V + at;
+    r[0] = 0; /* its difference from itself */
+    for (int64_t s = 0; s < f->S; ++s) {
+        if (s != of->ref_u && of->r_unc[s] > 0) {
+            p[count] = (const float *)f->a->sources.at[s].data + b * f->V + at;
+            r[count++] = (float)of->r_unc[s];
+        }
+    }
+    for (int64_t i = 0; i < n; i += step) {
+        const int64_t m = n - i < step ? n - i : step;
+        loop(i, m, p, r, (float)f->scale, rate, w->mu, w->u, w->weight);
+        if (f->need_conf) {
+            FN(decide)(f, w, m, w->mu);
+        }
+        if (own_weight) {
+            FN(weigh)(f, w, m);
+        }
+        FN(store)(f, w, b, at + i, m, w->mu);
+    }
+}
+#endif
+
 static void FN(one_block)(const plan *f, const FN(area) * w, int64_t b, int64_t at, int64_t n) {
     const sample *of = &f->samples[b];
     FN(rows) ref_u = {NULL, 0};
@@ -651,6 +684,12 @@ static void FN(one_block)(const plan *f, const FN(area) * w, int64_t b, int64_t 
         FN(store)(f, w, b, at, n, w->mean);
         return;
     }
+#ifdef REAL_SIGMOIDS
+    if (of->maps) {
+        FN(short_way)(f, of, w, b, at, n);
+        return;
+    }
+#endif
     const REAL *mean = of->same ? w->mu : w->mean;
     if (!FN(means)(f, of, w, b, at, n)) {
         FN(gather)(f, of, w, b, at, n, &ref_u, &ref_l);
