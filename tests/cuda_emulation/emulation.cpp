@@ -85,8 +85,8 @@ typedef struct warp {
     int line, turn;
 } warp;
 
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {
-    pthread_mutex_t lock;
     char *stacks;
     saved fiber[MAX_THREADS + 1], main;
     int free[MAX_THREADS + 1], n_free;
@@ -103,7 +103,7 @@ static struct {
     int reverse, failed;
     char error[256];
     alignas(16) char dynamic_shared[49152];
-} e = {PTHREAD_MUTEX_INITIALIZER};
+} e;
 
 extern "C" {
 extern char ss_shared_begin[] __asm__("__start_ss_shared") __attribute__((weak));
@@ -112,9 +112,9 @@ __attribute__((visibility("default"))) void ss_emulated_reverse(int reverse);
 }
 
 void ss_emulated_reverse(int reverse) {
-    pthread_mutex_lock(&e.lock);
+    pthread_mutex_lock(&lock);
     e.reverse = reverse;
-    pthread_mutex_unlock(&e.lock);
+    pthread_mutex_unlock(&lock);
 }
 
 const char *cudaGetErrorString(cudaError_t error) {
@@ -356,7 +356,7 @@ static cudaError_t run_grid(dim3 grid, dim3 block, size_t shared) {
 
 cudaError_t ss_emulated_launch(dim3 grid, dim3 block, size_t shared, void (*run)(void *),
                                void *context) {
-    pthread_mutex_lock(&e.lock);
+    pthread_mutex_lock(&lock);
     cudaError_t error = refuse_launch(grid, block, shared);
     if (error == cudaSuccess && !e.stacks && !start_fibers()) {
         snprintf(e.error, sizeof e.error, "no memory for the stacks of a block");
@@ -367,6 +367,6 @@ cudaError_t ss_emulated_launch(dim3 grid, dim3 block, size_t shared, void (*run)
         e.context = context;
         error = run_grid(grid, block, shared);
     }
-    pthread_mutex_unlock(&e.lock);
+    pthread_mutex_unlock(&lock);
     return error;
 }
