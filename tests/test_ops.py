@@ -95,7 +95,7 @@ def test_same_bits_for_every_thread_count_and_instruction_set(case, dtype):
     inputs = make(case, dtype)
     expected = bits(raw(case, inputs, 1, "base"))
     for isa in _core.build_info()["isa"]:
-        for threads in (1, 2, 3, 7):
+        for threads in (1, 2, -2, -3, -7):  # below 0: at once, whatever the work
             assert bits(raw(case, inputs, threads, isa)) == expected, (isa, threads)
     assert bits(run(case, inputs)) == expected
 
