@@ -26,6 +26,9 @@ __all__ = [
 BLOCK = 150
 """Steps that share one value of the two loss weights, in trainings of 6000 steps and more."""
 
+SAM_RAMPS = ("falling", "rising", "flat")
+"""The published course of the generalist's weight, its mirror image, and none."""
+
 
 def sigmoid_rampup(t: float, length: float) -> float:
     """Return the ramp rho from exp(-5) at t = 0 up to 1 at t = length, and 1 from there on.
@@ -84,21 +87,33 @@ def sam_weight(
     weight: float = 0.1,
     length: float | None = None,
     block: int | None = None,
+    ramp: str = "falling",
 ) -> float:
-    """Return w_sam(t), the falling weight of the generalist's term: `consistency_weight` in reverse.
+    """Return w_sam(t), the weight of the generalist's term: by default `consistency_weight` in reverse.
 
-        w_sam(t) = weight * rho(floor((total_steps - t) / block), R),   R = length, or total_steps / block
+        falling   w_sam(t) = weight * rho(floor((total_steps - t) / block), R)
+        rising    w_sam(t) = weight * rho(floor(t / block), R)          R = length, or total_steps / block
+        flat      w_sam(t) = weight
 
-    The generalist leads while the specialist knows nothing and leaves when the specialist knows more.
+    The published ramp falls: the generalist leads while the specialist knows nothing. But what it answers is
+    made from the specialist's prompts, and these are worst then; "rising" and "flat" let it speak when
+    they are good.
 
-    Raises ValueError as `consistency_weight` does. Paper: SemiSAM (arXiv 2312.06316).
+    Raises ValueError as `consistency_weight` does, and for another ramp. Paper: SemiSAM (arXiv 2312.06316).
 
     >>> sam_weight(0, 6000), f"{sam_weight(3000, 6000):.6f}", f"{sam_weight(6000, 6000):.4e}"
     (0.1, '0.028650', '6.7379e-04')
+    >>> [round(sam_weight(t, 6000, ramp="rising"), 6) for t in (0, 3000, 6000)]
+    [0.000674, 0.02865, 0.1]
     """
     _check_step("sam_weight", t, total_steps)
     block = _block("sam_weight", block, total_steps)
-    return weight * sigmoid_rampup((total_steps - t) // block, _length(total_steps, length, block))
+    if ramp not in SAM_RAMPS:
+        raise ValueError(f"sam_weight(): ramp: expected one of {', '.join(SAM_RAMPS)}, got {ramp!r}")
+    r = _length(total_steps, length, block)
+    if ramp == "flat":
+        r = 0.0
+    return weight * sigmoid_rampup((total_steps - t if ramp == "falling" else t) // block, r)
 
 
 def warmup(t: float, total_steps: float, fraction: float = 0.05) -> float:

@@ -42,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reliability": False,
         "sample_gate": 0.0,
         "warmup": 0.0,
+        "ramp": "falling",
     },
     "plus": {
         "mode": None,  # each generalist's own
@@ -59,6 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reliability": True,
         "sample_gate": 0.1,
         "warmup": 0.05,
+        "ramp": "falling",
     },
 }
 """What None stands for in the arguments of `SemiSAMTerm`."""
@@ -80,6 +82,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "unc": ("var", "mi", "ent"),
     "weight": ("exp", "linear", "gate", "conf", "none"),
     "loss": ("mse", "ce", "ce_dice"),
+    "ramp": schedules.SAM_RAMPS,
 }
 
 
@@ -141,8 +144,9 @@ class SemiSAMTerm:
     `teacher_share` of the doubt; `reliability`: weigh generalists by their scores, drop those below 0.1;
     `sample_gate`: a sample whose label agrees less with the prompt (Dice) counts nothing.
 
-    Loss: `loss` "mse", "ce", "ce_dice"; `min_weight`; `lam_sam`; `w0`, `ramp_length` (blocks of 150 steps):
-    `schedules.sam_weight`; `warmup`, a share of the training; `sam_every`: other steps give exactly 0.
+    Loss: `loss` "mse", "ce", "ce_dice"; `min_weight`; `lam_sam`; `w0`, `ramp` "falling" (published),
+    "rising" or "flat", `ramp_length` (blocks of 150 steps): `schedules.sam_weight`; `warmup`, a share of
+    the training; `sam_every`: other steps give exactly 0.
 
     Every number is per sample and class: nothing passes from one sample to another, except that the loss
     is the mean over samples. Nothing is drawn from torch's random numbers. On devices without kernels of
@@ -194,6 +198,7 @@ class SemiSAMTerm:
         min_weight: float = 1e-3,
         lam_sam: float | None = None,
         w0: float = 0.1,
+        ramp: str | None = None,
         ramp_length: float | None = None,
         warmup: float | None = None,
         sam_every: int = 1,
@@ -232,8 +237,9 @@ class SemiSAMTerm:
         0.02865
         """
         s = self.settings
-        ramp = schedules.sam_weight(step, s["total_steps"], weight=s["w0"], length=s["ramp_length"])
-        return float(s["lam_sam"] * ramp * schedules.warmup(step, s["total_steps"], s["warmup"]))
+        course = {"weight": s["w0"], "length": s["ramp_length"], "ramp": s["ramp"]}
+        weight = schedules.sam_weight(step, s["total_steps"], **course)
+        return float(s["lam_sam"] * weight * schedules.warmup(step, s["total_steps"], s["warmup"]))
 
     def __call__(
         self,

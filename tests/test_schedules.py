@@ -45,6 +45,16 @@ def test_sam_weight_mirrors_the_consistency_weight(t):
     assert s.sam_weight(t, 6000) == s.consistency_weight(6000 - t, 6000)
 
 
+@pytest.mark.parametrize("t", [0, 1, 75, 3000, 5999, 6000])
+def test_the_ramps_of_the_generalist(t):
+    """Falling is the published one; rising is that of the consistency; flat is the weight itself."""
+    assert s.sam_weight(t, 6000, ramp="falling") == s.sam_weight(t, 6000)
+    assert s.sam_weight(t, 6000, ramp="rising") == s.consistency_weight(t, 6000)
+    short = {"length": 20, "weight": 0.3}
+    assert s.sam_weight(t, 6000, ramp="rising", **short) == s.consistency_weight(t, 6000, **short)
+    assert s.sam_weight(t, 6000, ramp="flat", **short) == 0.3
+
+
 @given(t=st.floats(-1e6, 1e6), length=st.floats(0, 1e6))
 def test_the_ramp_stays_between_its_ends_and_rises(t, length):
     value = s.sigmoid_rampup(t, length)
@@ -101,6 +111,7 @@ NEGATIVE = r"\(\): t: expected a step of at least 0, got -1"
         (lambda: s.consistency_weight(0, 10, block=0), r"consistency_weight\(\): block: .* got 0"),
         (lambda: s.consistency_weight(0, 10, length=-2), r"length: .* got -2"),
         (lambda: s.sam_weight(-1, 10), "sam_weight" + NEGATIVE),
+        (lambda: s.sam_weight(0, 10, ramp="up"), r"sam_weight\(\): ramp: .* falling, .* got 'up'"),
         (lambda: s.sam_weight(0, math.nan), r"sam_weight\(\): total_steps: .* got nan"),
         (lambda: s.warmup(-1, 10), "warmup" + NEGATIVE),
         (lambda: s.warmup(1, 10, fraction=1.5), r"warmup\(\): fraction: expected 0 to 1 .* got 1.5"),

@@ -111,6 +111,13 @@ def test_weight_over_the_training():
     short = SemiSAMTerm(total_steps=total, lam_sam=1.0, warmup=0.0, w0=0.3, ramp_length=10)
     assert short.factor(0) == short.factor(total - 150 * 10) == 0.3
     assert short.factor(total) == pytest.approx(0.3 * np.exp(-5), rel=1e-9)
+    rising = SemiSAMTerm(total_steps=total, lam_sam=2.0, warmup=0.0, w0=0.3, ramp="rising", ramp_length=10)
+    assert rising.factor(0) == pytest.approx(0.6 * np.exp(-5), rel=1e-9)
+    assert rising.factor(150 * 10) == rising.factor(total) == 0.6
+    flat = SemiSAMTerm(total_steps=total, lam_sam=2.0, warmup=0.5, ramp="flat")
+    assert [flat.factor(t) for t in (0, 1500, 3000, total)] == [0.0, 0.1, 0.2, 0.2]
+    for preset in ("ref", "plus"):
+        assert SemiSAMTerm(total_steps=total, preset=preset).settings["ramp"] == "falling"  # as published
 
 
 @pytest.mark.parametrize("loss", ["mse", "ce", "ce_dice"])
@@ -1081,6 +1088,7 @@ def test_hippocampus_two_classes(hippocampus_cases):
         ({"tau_p": 2}, "tau_p: expected a number from 0 to 1"),
         ({"sam_every": 0}, "sam_every: expected a number from 1"),
         ({"total_steps": 0}, "total_steps: expected a number from 1"),
+        ({"ramp": "raising"}, "ramp: expected one of falling, rising, flat, .* did you mean 'rising'"),
         ({"ramp_length": -1}, "ramp_length: expected 0 or a positive number"),
     ],
 )
