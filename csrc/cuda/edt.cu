@@ -12,7 +12,7 @@
  * with the index), 1/8 of bits.
  * Numerics: unit or equal spacing in integers, so exact; others in float, in the CPU's order of
  * operations: equal bits. Of equally near voxels the index is the first in C order, -1 where the
- * outside is as near. Deterministic: minima over sets that the mask alone defines. registers <= 40
+ * outside is as near. Deterministic: minima over sets that the mask alone defines. registers <= 48
  */
 #include "edt.cuh"
 

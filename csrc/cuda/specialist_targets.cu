@@ -9,7 +9,7 @@
  * are empty. tau_p >= 1 restricts nothing and costs no logarithm. Memory: every probability read
  * twice (three times with entropies, then from cache), 2 F / C bytes written per probability.
  * Launches: one memset, maxima by integer atomics on ordered bits, masks. Numerics: float, the
- * CPU's expressions: the same bits. Deterministic: maxima do not depend on order. registers <= 40
+ * CPU's expressions: the same bits. Deterministic: maxima do not depend on order. registers <= 64
  */
 #include "device.cuh"
 
