@@ -88,7 +88,9 @@ typedef struct ss_doubles {
     int64_t n;
 } ss_doubles;
 
-/* How to run one call. `threads` 0 means as many as there are cores; `isa` NULL the best one here.
+/* How to run one call. `threads` n means up to n, 0 up to as many as there are cores; they start
+ * where the work is worth it. -n means n at once, whatever the work: for tests. `isa` NULL means
+ * the best one here.
  * Operators on a device work in `workspace`, memory of the device that the caller owns, of at least
  * as many bytes as ss_workspace says; the CPU needs none. Values that could break memory safety,
  * such as a label used as an index, are refused on the CPU; on a device they are masked and counted

@@ -73,10 +73,10 @@ class Slot:
                 f"shape {space}; choose another generalist"
             )
         target, _, skip = request.targets
-        dialogue = _Dialogue(self, request, settings)
         began = time.perf_counter()
         state = self.generalist.encode(request.images, spacing=request.spacing)
         seconds = time.perf_counter() - began
+        dialogue = _Dialogue(self, request, settings, state)
         answer = torch.full(target.shape, -_SURE, device=target.device)
         answered, active, low = torch.zeros_like(skip), ~skip, None
         made = Answers([], [0] * len(skip), dialogue.clicks)
@@ -126,9 +126,9 @@ class Slot:
 class _Dialogue:
     """The prompts of one generalist, round by round."""
 
-    def __init__(self, slot: Slot, request: Request, settings: Mapping[str, Any]) -> None:
+    def __init__(self, slot: Slot, request: Request, settings: Mapping[str, Any], state: Any) -> None:
         target = request.targets.target
-        self.slot, self.request, self.settings = slot, request, settings
+        self.slot, self.request, self.settings, self.state = slot, request, settings, state
         self.takes = slot.generalist.spec.prompts
         self.batch = prompts.PromptBatch.empty(len(target), target.shape[1], target.shape[2:], target)
         self.clicks = self.batch
@@ -166,7 +166,7 @@ class _Dialogue:
         prob = self.request.prob[:, 1:]
         own = getattr(self.slot.generalist, "mask_prompt", None)
         if own is not None:
-            return own(prob)
+            return own(prob, self.state)
         size = self.slot.generalist.spec.mask_size or tuple(prob.shape[2:])
         rows = prompts.mask_logits(prob.flatten(0, 1), size)
         return rows.reshape(*prob.shape[:2], *size)

@@ -397,14 +397,16 @@ def test_keywords_are_refused():
         _core.mask_logits(prob(), 1, 1, 1, logits=out())
 
 
-@pytest.mark.parametrize("threads", [0, 1, 2, 256])
+@pytest.mark.parametrize("threads", [0, 1, 2, 256, -1, -2, -256])
 def test_threads(threads):
     assert call(prob(), None, threads) == call(prob())
 
 
-@pytest.mark.parametrize("threads", [-1, 257, 2**40])
+@pytest.mark.parametrize("threads", [-257, 257, 2**40])
 def test_threads_out_of_range(threads):
-    text = f"mask_logits(): threads: expected 0 (automatic) to 256, got {threads}"
+    text = (
+        f"mask_logits(): threads: expected 0 (automatic) to 256, or as many below 0 (at once), got {threads}"
+    )
     refuses(ValueError, text, prob(), 1, 1, 1, out(), threads)
 
 

@@ -14,6 +14,7 @@ from generalist_fakes import Fake
 from semisam import generalists, prompts, random_walk
 from semisam.generalists import Decoded, Generalist, GeneralistSpec, build
 from semisam.generalists.random_walker import RandomWalker
+from semisam.generalists.sam_med3d_network import Architecture, SamMed3DNetwork
 from semisam.prompts import PromptBatch
 
 
@@ -43,8 +44,9 @@ def dice(a, b):
 
 
 def test_every_registered_generalist_keeps_the_protocol():
-    for name in generalists.GENERALISTS:
-        made = build(name)
+    for name, path in generalists.GENERALISTS.items():
+        made = build(name, **({"network": SamMed3DNetwork(Architecture.small())} if "med3d" in path else {}))
+        assert made.spec.name == name
         assert isinstance(made, Generalist)
         assert isinstance(made.spec, GeneralistSpec)
         assert made.spec.licence

@@ -84,7 +84,7 @@ def test_the_core_does_not_know_python(path):
 LAYERS = [
     {"_core"},
     {"ops"},
-    {"_backend", "losses", "fusion", "masks", "prompts", "metrics", "random_walk", "schedules"},
+    {"_backend", "losses", "fusion", "masks", "prompts", "metrics", "random_walk", "schedules", "weights"},
     {"specialists", "generalists"},
     {"gate", "_dialogue", "term"},
     {"methods"},
@@ -96,7 +96,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"_backend", "cli"},
     "reference": set(),
     "schedules": set(),
-    "specialists": set(),
+    "specialists": {"weights"},
+    "weights": set(),
 }
 PACKAGE = tree(".py", under="semisam")
 

@@ -61,14 +61,11 @@ def bits(outputs):
     return [t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b"" for t in outputs]
 
 
-@all_runs
-def test_value(case, dtype):
-    inputs = make(case, dtype)
+def check_value(case: Case, inputs, got):
     expected = getattr(reference, case.op)(
         *[tree_map(lambda t: t.double() if t.is_floating_point() else t, v) for v in inputs]
     )
     expected = list(expected) if isinstance(expected, (tuple, list)) else [expected]
-    got = run(case, inputs)
     assert len(got) == len(expected)
     for g, e in zip(got, expected, strict=True):
         if not g.numel() and not e.numel():
@@ -88,11 +85,17 @@ def test_value(case, dtype):
 
 
 @all_runs
+def test_value(case, dtype):
+    inputs = make(case, dtype)
+    check_value(case, inputs, run(case, inputs))
+
+
+@all_runs
 def test_same_bits_for_every_thread_count_and_instruction_set(case, dtype):
     inputs = make(case, dtype)
     expected = bits(raw(case, inputs, 1, "base"))
     for isa in _core.build_info()["isa"]:
-        for threads in (1, 2, 3, 7):
+        for threads in (1, 2, -2, -3, -7):  # below 0: at once, whatever the work
             assert bits(raw(case, inputs, threads, isa)) == expected, (isa, threads)
     assert bits(run(case, inputs)) == expected
 

@@ -355,7 +355,7 @@ def test_modes(mode, calls, clicks, masks):
 def test_a_generalist_may_frame_its_mask_prompt_itself():
     images, truth, prob = scene()
     fake = Fake(truth, mask_size=(4, 4, 4))
-    fake.mask_prompt = lambda p: torch.full((*p.shape[:2], 4, 4, 4), 0.25)
+    fake.mask_prompt = lambda p, state: torch.full((*p.shape[:2], 4, 4, 4), 0.25)
     make(fake, mode="mask")(images, student(prob), prob, step=STEP)
     assert (fake.asked[0][0].mask_logits == 0.25).all()
 

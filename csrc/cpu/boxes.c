@@ -80,7 +80,7 @@ ss_status SS_CPU(boxes)(ss_exec *x, const ss_boxes_args *a) {
     const int64_t *s = a->mask.shape;
     job j = {.a = a, .items = ss_items(s[1] * s[2], SS_LINES)};
     const int64_t items = s[0] * j.items;
-    const int64_t grain = 1 + (int64_t)(1 << 20) / (SS_LINES * s[3]); /* worth a thread */
+    const int64_t grain = 1 + (int64_t)(1 << 14) / (SS_LINES * s[3]);
     const int32_t threads = ss_parallel_threads(x, items, grain);
     j.columns = ss_scratch(x, threads * s[3], 1);
     j.found = ss_scratch(x, items, sizeof(extent));

@@ -232,7 +232,7 @@ static void fold_bounds(edt_job *job, const edt_bounds *plane, int *zeros) {
 
 static ss_status find_box(ss_exec *x, edt_job *job, int *zeros) {
     const int64_t *s = job->shape;
-    int64_t grain = 1 + (1 << 20) / (s[1] * s[2]);
+    int64_t grain = 1 + (1 << 17) / (s[1] * s[2]);
     int32_t threads = ss_parallel_threads(x, s[0], grain);
     edt_scan scan = {job->mask, s, NULL, NULL};
     scan.columns = ss_scratch(x, threads * s[2], 1);
@@ -318,10 +318,10 @@ static void run_passes(ss_exec *x, edt_job *job, int type) {
     static const ss_body planes[] = {planes_u16, planes_i32, planes_f32};
     static const ss_body slabs[] = {slabs_u16, slabs_i32, slabs_f32};
     int64_t plane = job->n[1] * job->pitch;
-    ss_parallel_for(x, job->n[0], 1 + (1 << 16) / plane, planes[type], job);
+    ss_parallel_for(x, job->n[0], 1 + (1 << 14) / plane, planes[type], job);
     if (!job->flat) {
         ss_parallel_for(x, (job->n[1] + job->slab - 1) / job->slab,
-                        1 + (1 << 16) / (job->slab * job->pitch * job->n[0]), slabs[type], job);
+                        1 + (1 << 14) / (job->slab * job->pitch * job->n[0]), slabs[type], job);
     }
 }
 
@@ -333,7 +333,7 @@ static ss_status run_box(ss_exec *x, edt_job *job, int type, int *over) {
     int64_t longest = most > n[2] ? most : n[2];
     int64_t costs = longest + EDT_NEAR + 4;
     costs = (costs + 31) / 32 * 32;
-    int64_t rows = (1 << 17) / ((n[0] + 2 * EDT_NEAR) * job->pitch);
+    int64_t rows = (1 << 16) / ((n[0] + 2 * EDT_NEAR) * job->pitch);
     job->slab = rows < 1 ? 1 : (rows > n[1] ? n[1] : rows);
     int64_t plane_tile = (2 * n[1] + 2 * EDT_NEAR) * job->pitch;
     int64_t slab_tile = (2 * n[0] + 2 * EDT_NEAR) * job->pitch * job->slab;
@@ -385,7 +385,7 @@ static ss_status run_volume(ss_exec *x, edt_job *job) {
         fill_far(job);
         return SS_OK;
     }
-    ss_parallel_for(x, s[0], 1 + (1 << 20) / (s[1] * s[2]), clear_planes, job);
+    ss_parallel_for(x, s[0], 1 + (1 << 17) / (s[1] * s[2]), clear_planes, job);
     if (job->n[0] == 0) {
         return SS_OK;
     }

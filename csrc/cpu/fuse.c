@@ -27,12 +27,12 @@
 #include <immintrin.h>
 #endif
 
-/* With a dozen streams every block begins on pages that the hardware's prefetcher has not followed
- * yet. So sources are read side by side, SPAN voxels of each at a time, and AHEAD bytes are asked
- * for in advance; where a source is converted first, the same places of the next block: all of it
- * between strips of arithmetic where there is much, else only its head, from where the hardware
- * takes over. */
-enum { STRIP = 64, HEAD = 192, SPAN = 128, AHEAD = 1024 };
+/* Sources are read side by side, SPAN voxels of each at a time: the hardware's prefetcher follows a
+ * dozen such streams by itself, and asking for memory in advance only costs instructions. Where a
+ * source is converted first, the same places of the next block are asked for: all of it between
+ * strips of arithmetic where there is much, else only its head, from where the hardware takes over.
+ */
+enum { STRIP = 64, HEAD = 192, SPAN = 128 };
 
 /* Sources that are added in one sweep over the sums. */
 #define GROUP 4
@@ -109,13 +109,6 @@ static inline void prefetch(const ss_tensor *t, int64_t at, int64_t n) {
 #else
     (void)t, (void)at, (void)n;
 #endif
-}
-
-/* Asks for the memory AHEAD bytes behind n bytes that are being worked on. */
-static inline void ahead(const void *at, int64_t n) {
-    for (const char *byte = (const char *)at + AHEAD, *end = byte + n; byte < end; byte += 64) {
-        __builtin_prefetch(byte);
-    }
 }
 
 /* 1 + 2^y with |y| cut at 30: the sigmoid is 0 or 1 there but for 1e-9, and a product of four of

@@ -230,13 +230,11 @@ static void FN(flush)(const plan *f, int64_t n, FN(group) * g, FN(rows) ref, REA
         for (int64_t i = 0; i < n; i += SPAN) {
             const int64_t m = n - i < SPAN ? n - i : SPAN;
             const REAL *q = ref.at + c * ref.step + i;
-            ahead(q, m * (int64_t)sizeof *q);
             for (int k = 0; k < g->count; k += GROUP) {
                 const int count = g->count - k < GROUP ? g->count - k : GROUP;
                 const REAL *p[GROUP] = {0};
                 for (int j = 0; j < count; ++j) {
                     p[j] = g->p[k + j].at + c * g->p[k + j].step + i;
-                    ahead(p[j], m * (int64_t)sizeof *q);
                 }
                 FN(add_some)(count, m, g->r + k, p, q, sum + c * f->n + i,
                              squares ? squares + i : NULL);

@@ -235,12 +235,12 @@ static ss_status ball_measure(ball *r) {
     if (!r->mask || !r->d2 || !r->count) {
         return SS_NO_MEMORY;
     }
-    ss_parallel_for(x, r->shape[0] * r->shape[1], 1024, fill_mask, r);
+    ss_parallel_for(x, r->shape[0] * r->shape[1], 128, fill_mask, r);
     ss_status status = SS_CPU(edt_unit)(x, r->mask, r->shape, r->p->a->dims == 3 ? 1 : 2, r->d2);
     if (status != SS_OK) {
         return status;
     }
-    ss_parallel_for(x, r->items, 16, item_maxima, r);
+    ss_parallel_for(x, r->items, 2, item_maxima, r);
     for (int64_t i = 0; i < r->items; ++i) {
         r->m2 = r->count[i] > r->m2 ? (int32_t)r->count[i] : r->m2;
     }
@@ -249,7 +249,7 @@ static ss_status ball_measure(ball *r) {
 
 static void ball_click(ball *r, int32_t label) {
     const int32_t quarter = r->m2 / 4;
-    ss_parallel_for(r->p->x, r->items, 16, item_candidates, r);
+    ss_parallel_for(r->p->x, r->items, 2, item_candidates, r);
     int64_t n = 0;
     for (int64_t i = 0; i < r->items; ++i) {
         n += r->count[i];
@@ -297,7 +297,7 @@ static void sum_errors(const patch *p, extent *fn, extent *fp) {
 }
 
 static ss_status click(patch *p) {
-    const int64_t grain = 1 + (int64_t)(1 << 19) / (SS_LINES * p->width);
+    const int64_t grain = 1 + (int64_t)(1 << 17) / (SS_LINES * p->width);
     extent fn, fp;
     ss_parallel_for(p->x, p->items, grain, scan, p);
     sum_errors(p, &fn, &fp);
@@ -380,7 +380,7 @@ ss_status SS_CPU(next_click)(ss_exec *x, const ss_next_click_args *a) {
     }
     for (int64_t row = 0; row < rows; ++row) {
         j.rows[row].x = *x;
-        j.rows[row].x.threads = rows >= threads ? 1 : threads;
+        j.rows[row].x.threads = rows >= threads ? 1 : x->threads;
     }
     if (rows >= threads) {
         const int64_t grain = 1 + (1 << 15) / (ss_count(&a->target) / rows); /* worth a thread */

@@ -73,7 +73,7 @@ ss_status SS_CPU(overlap)(ss_exec *x, const ss_overlap_args *a) {
     job j = {.a = a, .rule = {a->num_classes, a->ignore_index, (int32_t)a->has_ignore}};
     j.blocks = (a->y.shape[1] + SS_LABEL_BLOCK - 1) / SS_LABEL_BLOCK;
     const int64_t table = n * 3 * a->num_classes;
-    const int64_t grain = 32;
+    const int64_t grain = 8;
     int32_t threads = ss_parallel_threads(x, n * j.blocks, grain);
     j.counts = ss_scratch(x, threads * table, sizeof(int64_t));
     j.bad = ss_scratch(x, threads, 64);

@@ -742,7 +742,7 @@ ss_status SS_CPU(random_walker)(ss_exec *x, const ss_random_walker_args *a) {
     j.status = ss_scratch(x, shape[0], sizeof(int32_t));
     status = SS_NO_MEMORY;
     if (j.rows && j.status) {
-        ss_parallel_for(x, rows, (1 << 19) / shape[3] + 1, scan_rows, &j);
+        ss_parallel_for(x, rows, (1 << 17) / shape[3] + 1, scan_rows, &j);
         status = check_seeds(x, &j);
         if (status == SS_OK) {
             status = run_all(x, &j);

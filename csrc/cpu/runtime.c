@@ -2,11 +2,13 @@
 #define _GNU_SOURCE
 #include "runtime.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 #if defined(__linux__)
 #include <sched.h>
@@ -14,8 +16,95 @@
 #endif
 
 /* Spawned and joined within the call: a pool, like OpenMP's, would hang children forked after its
- * first use, and DataLoader forks. Two threads cost about 35 us, so callers choose a grain that is
- * worth more than that. */
+ * first use, and DataLoader forks. A thread costs its caller 20 to 40 us to start and a few to
+ * join, and begins 40 to 60 us after it was asked for; so the caller begins alone, and its own pace
+ * says whether what is left is worth company. */
+
+#define SS_SHARE 125e-6 /* seconds of work that a thread must find */
+#define SS_SURE 20e-6   /* seconds after which a pace means something: beginnings are slow */
+#define SS_FEW 8        /* groups: with fewer, one of them alone would be a large part of all */
+#define SS_SPIN 100e-6  /* seconds: a core that sleeps takes as long to wake */
+
+static double ss_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void ss_pause(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    for (int i = 0; i < 8; ++i) {
+        __builtin_ia32_pause();
+    }
+#endif
+}
+
+/* ---- threads, one after the other ----------------------------------------------------------- */
+
+/* New threads are put on any core but the caller's: kernels that pack their tasks (guests do) leave
+ * a thread on the core that made it, waiting for a time slice while other cores are idle. */
+typedef struct ss_starter {
+    pthread_attr_t *attr; /* `own`, or NULL: wherever the system likes */
+    pthread_attr_t own;
+} ss_starter;
+
+static void ss_starter_begin(ss_starter *s) {
+    s->attr = NULL;
+#if defined(__GLIBC__)
+    cpu_set_t set;
+    int here = sched_getcpu();
+    if (here < 0 || sched_getaffinity(0, sizeof set, &set) != 0) {
+        return;
+    }
+    CPU_CLR((size_t)here, &set);
+    if (CPU_COUNT(&set) == 0 || pthread_attr_init(&s->own) != 0) {
+        return;
+    }
+    s->attr = &s->own;
+    if (pthread_attr_setaffinity_np(s->attr, sizeof set, &set) != 0) {
+        pthread_attr_destroy(s->attr);
+        s->attr = NULL;
+    }
+#endif
+}
+
+static int ss_start(const ss_starter *s, pthread_t *handle, void *(*entry)(void *), void *arg) {
+    int error = pthread_create(handle, s->attr, entry, arg);
+    if (error == EINVAL && s->attr) { /* those cores were taken away meanwhile */
+        error = pthread_create(handle, NULL, entry, arg);
+    }
+    return error;
+}
+
+static void ss_starter_end(ss_starter *s) {
+    if (s->attr) {
+        pthread_attr_destroy(s->attr);
+    }
+}
+
+/* Most threads are about to end when they are waited for: asleep, the caller would come back later.
+ */
+static void ss_join(pthread_t handle) {
+#if defined(__linux__)
+    double until = ss_seconds() + SS_SPIN;
+    do {
+        if (pthread_tryjoin_np(handle, NULL) == 0) {
+            return;
+        }
+        ss_pause();
+    } while (ss_seconds() < until);
+#endif
+#if defined(__GLIBC__)
+    cpu_set_t set; /* it may have the caller's core now. If it just ended, this names the caller
+                    * itself, who gets what it has. */
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        (void)pthread_setaffinity_np(handle, sizeof set, &set);
+    }
+#endif
+    pthread_join(handle, NULL);
+}
+
+/* ---- items ---------------------------------------------------------------------------------- */
 
 typedef struct ss_team {
     ss_body body;
@@ -31,14 +120,20 @@ typedef struct ss_worker {
     pthread_t handle;
 } ss_worker;
 
+static int64_t ss_group(const ss_team *team, int64_t begin, int32_t thread) {
+    int64_t left = team->n - begin;
+    int64_t end = begin + (left < team->grain ? left : team->grain);
+    team->body(team->ctx, begin, end, thread);
+    return end;
+}
+
 static void ss_work(ss_team *team, int32_t thread) {
     for (;;) {
         int64_t begin = atomic_fetch_add_explicit(&team->next, team->grain, memory_order_relaxed);
         if (begin >= team->n) {
             return;
         }
-        int64_t left = team->n - begin;
-        team->body(team->ctx, begin, begin + (left < team->grain ? left : team->grain), thread);
+        ss_group(team, begin, thread);
     }
 }
 
@@ -61,11 +156,52 @@ int32_t ss_cpu_count(void) {
 }
 
 int32_t ss_parallel_threads(const ss_exec *x, int64_t n, int64_t grain) {
-    int64_t groups = n / grain + (n % grain != 0);
-    int64_t threads = x->threads > 0 ? x->threads : ss_cpu_count();
-    threads = threads < groups ? threads : groups;
-    threads = threads < SS_MAX_THREADS ? threads : SS_MAX_THREADS;
-    return threads < 1 ? 1 : (int32_t)threads;
+    int64_t threads = n / grain + (n % grain != 0);
+    if (threads > 1 && x->threads < 0) {
+        threads = threads < -(int64_t)x->threads ? threads : -(int64_t)x->threads;
+    } else if (threads > 1 && x->threads != 1) {
+        int64_t cores = ss_cpu_count();
+        cores = x->threads > 0 && x->threads < cores ? x->threads : cores;
+        threads = threads < cores ? threads : cores;
+    } else {
+        threads = 1;
+    }
+    return threads < SS_MAX_THREADS ? (int32_t)threads : SS_MAX_THREADS;
+}
+
+/* The caller's groups before anybody is asked to help; returns how many items that were, and how
+ * many threads (of at most *threads) should do the rest. */
+static int64_t ss_begin_alone(const ss_team *team, int32_t *threads) {
+    const double start = ss_seconds();
+    for (int64_t done = 0; done < team->n;) {
+        done = ss_group(team, done, 0);
+        double spent = ss_seconds() - start;
+        double shares = spent * (double)(team->n - done) / (double)done / SS_SHARE;
+        if (spent >= SS_SURE && shares >= 2.0) {
+            *threads = shares < (double)*threads ? (int32_t)shares : *threads;
+            return done;
+        }
+    }
+    return team->n;
+}
+
+static void ss_work_together(ss_team *team, int32_t threads) {
+    ss_worker workers[SS_MAX_THREADS];
+    ss_starter starter;
+    int32_t started = 0;
+    ss_starter_begin(&starter);
+    for (int32_t t = 1; t < threads; ++t) {
+        workers[started] = (ss_worker){.team = team, .thread = t};
+        if (ss_start(&starter, &workers[started].handle, ss_worker_main, &workers[started]) != 0) {
+            break; /* the caller does what is left: slower, same result */
+        }
+        ++started;
+    }
+    ss_starter_end(&starter);
+    ss_work(team, 0);
+    for (int32_t t = 0; t < started; ++t) {
+        ss_join(workers[t].handle);
+    }
 }
 
 void ss_parallel_for(const ss_exec *x, int64_t n, int64_t grain, ss_body body, void *ctx) {
@@ -78,20 +214,13 @@ void ss_parallel_for(const ss_exec *x, int64_t n, int64_t grain, ss_body body, v
         return;
     }
     ss_team team = {.body = body, .ctx = ctx, .n = n, .grain = grain};
-    atomic_init(&team.next, 0);
-    ss_worker workers[SS_MAX_THREADS];
-    int32_t started = 0;
-    for (int32_t t = 1; t < threads; ++t) {
-        workers[started] = (ss_worker){.team = &team, .thread = t};
-        if (pthread_create(&workers[started].handle, NULL, ss_worker_main, &workers[started]) !=
-            0) {
-            break; /* the caller does what is left: slower, same result */
-        }
-        ++started;
+    int64_t done = 0;
+    if (x->threads >= 0 && n / grain >= SS_FEW) {
+        done = ss_begin_alone(&team, &threads);
     }
-    ss_work(&team, 0);
-    for (int32_t t = 0; t < started; ++t) {
-        pthread_join(workers[t].handle, NULL);
+    atomic_init(&team.next, done);
+    if (done < n) {
+        ss_work_together(&team, threads);
     }
 }
 
@@ -113,10 +242,6 @@ typedef struct ss_member {
     pthread_t handle;
 } ss_member;
 
-/* About 10 us: longer than a sweep's threads differ by, shorter than a time slice of a busy core.
- */
-#define SS_SPINS 256
-
 static void ss_next_phase(ss_region *region) {
     pthread_mutex_lock(&region->lock);
     atomic_fetch_add_explicit(&region->phase, 1, memory_order_release);
@@ -125,14 +250,16 @@ static void ss_next_phase(ss_region *region) {
 }
 
 static void ss_await_phase(ss_region *region, unsigned phase) {
-    for (int32_t i = 0; i < SS_SPINS; ++i) {
-        if (atomic_load_explicit(&region->phase, memory_order_acquire) != phase) {
-            return;
+    double until = 0.0;
+    do {
+        for (int i = 0; i < 16; ++i) {
+            if (atomic_load_explicit(&region->phase, memory_order_acquire) != phase) {
+                return;
+            }
+            ss_pause();
         }
-#if defined(__x86_64__) || defined(__i386__)
-        __builtin_ia32_pause();
-#endif
-    }
+        until = until > 0.0 ? until : ss_seconds() + SS_SPIN;
+    } while (ss_seconds() < until);
     pthread_mutex_lock(&region->lock);
     while (atomic_load_explicit(&region->phase, memory_order_acquire) == phase) {
         pthread_cond_wait(&region->moved, &region->lock);
@@ -177,19 +304,21 @@ void ss_parallel_region(int32_t threads, ss_region_body body, void *ctx) {
     atomic_init(&region.arrived, 0);
     atomic_init(&region.phase, 0);
     ss_member members[SS_MAX_THREADS];
+    ss_starter starter;
     int32_t started = 1;
+    ss_starter_begin(&starter);
     for (; started < threads; ++started) {
         members[started] = (ss_member){.region = &region, .thread = started};
-        if (pthread_create(&members[started].handle, NULL, ss_member_main, &members[started]) !=
-            0) {
+        if (ss_start(&starter, &members[started].handle, ss_member_main, &members[started]) != 0) {
             break; /* fewer threads: slower, same result */
         }
     }
+    ss_starter_end(&starter);
     region.threads = started;
     ss_next_phase(&region);
     body(ctx, &region, 0);
     for (int32_t t = 1; t < started; ++t) {
-        pthread_join(members[t].handle, NULL);
+        ss_join(members[t].handle);
     }
     pthread_cond_destroy(&region.moved);
     pthread_mutex_destroy(&region.lock);

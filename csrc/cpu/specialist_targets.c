@@ -118,7 +118,7 @@ ss_status SS_CPU(specialist_targets)(ss_exec *x, const ss_specialist_targets_arg
     if (!j.top) {
         return SS_NO_MEMORY;
     }
-    ss_parallel_for(x, s[0] * j.items, 64, maxima, &j);
+    ss_parallel_for(x, s[0] * j.items, 16, maxima, &j);
     for (int64_t b = 0; b < s[0]; ++b) {
         float *top = j.top + b * j.items * s[1];
         for (int64_t c = 1; c < s[1]; ++c) {
@@ -130,7 +130,7 @@ ss_status SS_CPU(specialist_targets)(ss_exec *x, const ss_specialist_targets_arg
             ((uint8_t *)a->skip.data)[b * a->F + c - 1] = th != th;
         }
     }
-    ss_parallel_for(x, s[0] * j.items, 64, masks, &j);
+    ss_parallel_for(x, s[0] * j.items, 16, masks, &j);
     ss_scratch_free(j.top);
     return SS_OK;
 }

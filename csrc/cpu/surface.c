@@ -469,8 +469,8 @@ static ss_status run_pair(job *j, double *out) {
         memset(&j->out[side], 0, sizeof j->out[side]);
     }
     j->room = NULL;
-    ss_parallel_for(j->x, (shape.d - 2) * (shape.h - 2), 512, fill_masks, j);
-    ss_parallel_for(j->x, rows, 4096, fill_surfaces, j);
+    ss_parallel_for(j->x, (shape.d - 2) * (shape.h - 2), 64, fill_masks, j);
+    ss_parallel_for(j->x, rows, 512, fill_surfaces, j);
     ss_status status = measure(j, out);
     for (int side = 0; side < 2; ++side) {
         SS_CPU(cloud_free)(&j->cloud[side]);
@@ -483,7 +483,7 @@ static ss_status run_pair(job *j, double *out) {
 
 static ss_status run_case(job *j, double *out) {
     const int64_t classes = j->rule.classes;
-    const int64_t grain = 32;
+    const int64_t grain = 8;
     int32_t threads = ss_parallel_threads(j->x, j->blocks, grain);
     for (int64_t k = 0; k < threads * classes; ++k) {
         j->boxes[k] = (box){{INT64_MAX, INT64_MAX, INT64_MAX}, {-1, -1, -1}};
@@ -555,7 +555,7 @@ ss_status SS_CPU(surface_metrics)(ss_exec *x, const ss_surface_metrics_args *a) 
     job j = {.x = x, .a = a};
     j.rule = (ss_label_rule){a->num_classes, a->ignore_index, (int32_t)a->has_ignore};
     j.blocks = (s[1] * s[2] * s[3] + SS_LABEL_BLOCK - 1) / SS_LABEL_BLOCK;
-    int32_t threads = ss_parallel_threads(x, j.blocks, 32);
+    int32_t threads = ss_parallel_threads(x, j.blocks, 8);
     j.boxes = ss_scratch(x, threads * a->num_classes, sizeof(box));
     j.bad = ss_scratch(x, threads, 64);
     status = j.boxes && j.bad ? SS_OK : SS_NO_MEMORY;

@@ -15,7 +15,8 @@
 #define SS_BACKEND_ISA SS_CUDA_ARCHS
 #endif
 
-/* Weak: an operator that no file defines is NULL in the table, and core.c says that it is missing. */
+/* Weak: an operator that no file defines is NULL in the table, and core.c says that it is missing.
+ */
 extern "C" {
 #define SS_OP(op, doc, args)                                                                       \
     __attribute__((weak)) ss_status SS_CUDA(op)(ss_exec *, const ss_##op##_args *);                \
@@ -41,8 +42,8 @@ static ss_status enter(ss_exec *x) {
     }
 #include "../ops.def"
 
-extern "C" __attribute__((visibility("default"))) const ss_backend *
-semisam_cuda(int32_t abi, char *error, int64_t room) {
+extern "C" __attribute__((visibility("default")))
+const ss_backend *semisam_cuda(int32_t abi, char *error, int64_t room) {
     static ss_backend table; /* zeros, then always the same values: two first callers do no harm */
     if (abi != SS_ABI) {
         snprintf(error, (size_t)room, "has ABI %d, and this semisam needs %d: build both together",

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * device.cuh: what every CUDA file needs: names, launches, workspace, loads and stores, block folds.
+ * device.cuh: what every CUDA file needs: names, launches, workspace, loads and stores, block
+ * folds.
  *
  * C++17, C-like; compiled by nvcc and, in tests, by g++ against a <cuda_runtime.h> that runs a grid
- * block by block on the CPU (tests/cuda_emulation). So kernels keep to what both know: threadIdx and
- * its kin, __syncthreads (also _or, _and, _count), full-mask warp functions, integer atomics, static
- * and dynamic shared memory. No float atomics, no barriers in divergent code, no textures, no grid
- * synchronisation, no libraries.
+ * block by block on the CPU (tests/cuda_emulation). So kernels keep to what both know: threadIdx
+ * and its kin, __syncthreads (also _or, _and, _count), full-mask warp functions, integer atomics,
+ * static and dynamic shared memory. No float atomics, no barriers in divergent code, no textures,
+ * no grid synchronisation, no libraries.
  *
  * Host code only launches: it allocates nothing, synchronises nothing and copies nothing from host
  * memory, so that a CUDA graph can capture any call. Numbers that live on the host go to kernels by
@@ -56,8 +57,7 @@ extern "C" {
 #if defined(__GNUC__)
 __attribute__((format(printf, 3, 4), unused))
 #endif
-static ss_status
-ss_cuda_fail(ss_exec *x, ss_status status, const char *format, ...) {
+static ss_status ss_cuda_fail(ss_exec *x, ss_status status, const char *format, ...) {
     va_list ap;
     va_start(ap, format);
     vsnprintf(x->error, sizeof x->error, format, ap);
@@ -104,8 +104,10 @@ static inline ss_status ss_launch(ss_exec *x, const char *name, void (*kernel)(P
 /* SS_LAUNCH(x, grid, block, shared_bytes, (kernel<T, 2>), arguments...) -> ss_status. A grid with a
  * zero in it is a launch of nothing. The status says the kernel's name and CUDA's words. */
 #define SS_UNWRAP(...) __VA_ARGS__
+#define SS_TEXT_(...) #__VA_ARGS__
+#define SS_TEXT(...) SS_TEXT_(__VA_ARGS__)
 #define SS_LAUNCH(x, grid, block, shared, kernel, ...)                                             \
-    ss_launch(x, #kernel, SS_UNWRAP kernel, grid, block, shared, __VA_ARGS__)
+    ss_launch(x, SS_TEXT(SS_UNWRAP kernel), SS_UNWRAP kernel, grid, block, shared, __VA_ARGS__)
 
 /* How many blocks of `per_block` items cover n; a grid's x may be 2^31 - 1. */
 static inline unsigned ss_blocks(int64_t n, int64_t per_block) {
@@ -122,8 +124,8 @@ static inline ss_status ss_cuda_zero(ss_exec *x, void *p, int64_t bytes) {
 
 /* ---- host: workspace ------------------------------------------------------------------------- */
 
-/* Pieces of the workspace, each aligned to 256 bytes. With base NULL it only counts, so the function
- * that lays out a workspace is also the one that tells its size:
+/* Pieces of the workspace, each aligned to 256 bytes. With base NULL it only counts, so the
+ * function that lays out a workspace is also the one that tells its size:
  *
  *     static void layout(ss_carve *w, const ss_op_args *a, pieces *p) {
  *         p->sums = ss_take<double>(w, blocks_of(a));
@@ -231,7 +233,8 @@ template <> struct ss_rounded<ss_bfloat> {
     }
 };
 
-/* Element i of an array of T as a number to compute with: float or double, or the integer itself. */
+/* Element i of an array of T as a number to compute with: float or double, or the integer itself.
+ */
 template <typename T> SS_DEVICE auto ss_load(const void *p, int64_t i) {
     return ss_value(static_cast<const T *>(p)[i]);
 }
@@ -264,8 +267,8 @@ static inline int ss_aligned16(const void *p) {
     return ((uintptr_t)p & 15) == 0;
 }
 
-/* Runs a statement with T as the type of a dtype: SS_FOR_FLOAT(dtype, T, return run<T>(x, a)). Falls
- * through for other dtypes, which core.c has refused already. */
+/* Runs a statement with T as the type of a dtype: SS_FOR_FLOAT(dtype, T, return run<T>(x, a)).
+ * Falls through for other dtypes, which core.c has refused already. */
 #define SS_CASE_OF(name, type, T, ...)                                                             \
     case name: {                                                                                   \
         typedef type T;                                                                            \
@@ -295,7 +298,8 @@ static inline int ss_aligned16(const void *p) {
         break;                                                                                     \
     }
 
-/* ---- device: atomics on the standard 64-bit types --------------------------------------------- */
+/* ---- device: atomics on the standard 64-bit types ---------------------------------------------
+ */
 
 /* CUDA declares them for unsigned long long alone, and uint64_t is unsigned long on Linux. */
 #define SS_ATOMIC64(f)                                                                             \
@@ -314,7 +318,8 @@ SS_DEVICE unsigned long atomicCAS(unsigned long *p, unsigned long expected, unsi
                      static_cast<unsigned long long>(expected), static_cast<unsigned long long>(v));
 }
 
-/* ---- device: folds in a fixed order ----------------------------------------------------------- */
+/* ---- device: folds in a fixed order -----------------------------------------------------------
+ */
 
 /* The sum over a warp's lanes, in every lane: a tree of fixed shape. All 32 lanes take part. */
 template <typename V> SS_DEVICE V ss_warp_sum(V v) {

@@ -29,7 +29,8 @@ SS_DEVICE int64_t cell_end(int64_t i, int64_t size, int64_t cells) {
     return next * (size / cells) + (next * (size % cells) + cells - 1) / cells;
 }
 
-template <typename T> SS_KERNEL void k_mask_logits(const void *prob, float *out, mask_logits_sizes s) {
+template <typename T>
+SS_KERNEL void k_mask_logits(const void *prob, float *out, mask_logits_sizes s) {
     int64_t cell = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (cell >= s.n * s.d * s.h * s.w) {
         return;

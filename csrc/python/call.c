@@ -215,8 +215,10 @@ static int put_options(call *c, PyObject *const *args, Py_ssize_t n) {
         if (put_int(c, &spec, args[0], &threads) < 0) {
             return -1;
         }
-        if (threads < 0 || threads > SS_MAX_THREADS) {
-            PyErr_Format(PyExc_ValueError, "%s(): threads: expected 0 (automatic) to %d, got %lld",
+        if (threads < -SS_MAX_THREADS || threads > SS_MAX_THREADS) {
+            PyErr_Format(PyExc_ValueError,
+                         "%s(): threads: expected 0 (automatic) to %d, or as many below 0 (at "
+                         "once), got %lld",
                          c->op->name, SS_MAX_THREADS, (long long)threads);
             return -1;
         }

@@ -7,6 +7,7 @@ examples:
   semisam train DATA --out runs/first --labeled 4 --unlabeled 40 --test 40
   semisam train DATA --out runs/mt --method mean-teacher --labeled 4 --steps 2000 --patch 32 48 32
   semisam train DATA --out runs/tuned --config plus.yaml --set train.lr=0.02 --set term.options.lam_sam=1
+  semisam train DATA --out runs/sam --generalist sam-med3d-turbo --checkpoint sam_med3d_turbo.pth
   semisam train DATA --out runs/first --quick-check        a few steps of everything, in a minute
   semisam train --out runs/first --resume                  continues after a kill, with the same bits
   torchrun --nproc-per-node 2 -m semisam train DATA --out runs/two-gpus
@@ -75,6 +76,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--specialist", metavar="NAME", help="unet3d, vnet, unet2d or a dotted class name")
     add("--weights", metavar="FILE", help="start weights of the specialist")
     add("--generalist", nargs="+", metavar="NAME", help="who teaches; default random-walker")
+    add(
+        "--checkpoint",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="weights of the generalist; NAME=FILE for each of several",
+    )
     add("--seed", type=int, metavar="N", help="decides about everything random")
     add("--device", metavar="NAME", help="auto, cpu or cuda")
     add("--precision", metavar="NAME", help="auto, 32, bf16 or fp16")
@@ -122,11 +130,30 @@ def _config(options: argparse.Namespace) -> settings.Config:
         value = getattr(options, flag)
         if value is not None:
             pairs.append((key, value))
+    pairs += [_checkpoint(text, options.generalist or []) for text in options.checkpoint]
     pairs += [settings.parse_setting(text) for text in options.set]
     config = settings.load(file, pairs)
     if not config.data.root:
         raise settings.ConfigError("DATA: expected the folder with the scans, got nothing")
     return config
+
+
+def _checkpoint(text: str, names: list[str]) -> tuple[str, Any]:
+    """The setting that --checkpoint means: NAME=FILE, or the file of the only generalist."""
+    name, equals, path = text.partition("=")
+    if not equals or name not in names:
+        if len(names) != 1:
+            raise settings.ConfigError(
+                f"--checkpoint {text}: expected NAME=FILE with a name of --generalist "
+                f"({', '.join(names) or 'which is missing'})"
+            )
+        name, path = names[0], text
+    if "." in name:
+        raise settings.ConfigError(
+            f"--checkpoint {text}: {name} is a class of yours: give its options in term.generalist_options "
+            "of a --config file"
+        )
+    return f"term.generalist_options.{name}.checkpoint", path
 
 
 def _quick_check(config: settings.Config, trainer: Any) -> int:

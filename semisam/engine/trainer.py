@@ -290,12 +290,21 @@ class _Training:
                 "processes": self.fabric.world_size,
                 "sha256": self.digests,
                 "start_weights": weights and {"path": weights, "sha256": record.sha256(Path(weights))},
+                "generalist_weights": self._generalist_weights(),
                 "steps": self.done,
                 "finished": finished,
                 "best": self.meta["best"],
                 "seconds": round(self.meta["seconds"], 3),
             },
         )
+
+    def _generalist_weights(self) -> dict[str, dict[str, str]]:
+        """The files that generalists were given, by name, with their hashes."""
+        if self.term is None:
+            return {}
+        given = {n: o.get("checkpoint") for n, o in self.config.term.generalist_options.items()}
+        files = {n: Path(path) for n, path in given.items() if path}
+        return {n: {"path": str(path), "sha256": record.sha256(path)} for n, path in files.items()}
 
     def _restore_or_begin(self) -> None:
         last = self.out / "last.ckpt"

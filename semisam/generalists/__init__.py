@@ -13,6 +13,9 @@ __all__ = ["GENERALISTS", "Decoded", "Generalist", "GeneralistSpec", "build"]
 
 GENERALISTS: dict[str, str] = {
     "random-walker": "semisam.generalists.random_walker.RandomWalker",
+    "sam-med3d": "semisam.generalists.sam_med3d.SamMed3D",
+    "sam-med3d-turbo": "semisam.generalists.sam_med3d.SamMed3DTurbo",
+    "segany-pet": "semisam.generalists.sam_med3d.SegAnyPET",
 }
 """Names that `build` knows, and where their classes are."""
 

@@ -54,8 +54,8 @@ class Generalist(Protocol):
     """A promptable segmentation model.
 
     A model whose mask input does not lie in the patch's frame (padded, cropped or turned) has one method
-    more, `mask_prompt(prob)`: probabilities [B, F, *S] to logits [B, F, *mask_size] of that input. Without
-    it they are `semisam.prompts.mask_logits` of that size.
+    more, `mask_prompt(prob, state)`: probabilities [B, F, *S] to logits [B, F, *mask_size] of that input, for
+    the images of `state`. Without it they are `semisam.prompts.mask_logits` of that size.
     """
 
     spec: GeneralistSpec

@@ -11,15 +11,11 @@ import difflib
 import importlib
 import inspect
 import os
-import re
-from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from semisam import weights
 from semisam.specialists._base import Specialist
 from semisam.specialists.unet import UNet2d, UNet3d
 from semisam.specialists.vnet import VNet
@@ -140,68 +136,4 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     >>> all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters()))
     True
     """
-    path = Path(path)
-    state = _tensors(path)
-    own = network.state_dict()
-    if all(name.startswith("module.") for name in state) and not any(n.startswith("module.") for n in own):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    problems = {
-        "missing": [name for name in own if name not in state and name not in optional],
-        "unexpected": [name for name in state if name not in own],
-        "of another shape": [
-            f"{name} {tuple(value.shape)}, expected {tuple(own[name].shape)}"
-            for name, value in state.items()
-            if name in own and value.shape != own[name].shape
-        ],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{kind}: {_first(names)}" for kind, names in problems.items() if names)
-        raise ValueError(
-            f"load_weights(): path: expected the weights of {type(network).__name__}, got {path}: {found}"
-        )
-    network.load_state_dict(state)
-
-
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file by name."""
-    with path.open("rb"):
-        pass  # what fails from here on is the content: torch raises OSError for some truncated files, too
-    read: Callable[[Path], Any] = partial(torch.load, map_location="cpu", weights_only=True)
-    if path.suffix == ".safetensors":
-        try:
-            read = importlib.import_module("safetensors.torch").load_file
-        except ImportError as error:
-            raise ImportError(
-                f"load_weights(): reading {path} needs safetensors: pip install safetensors"
-            ) from error
-    try:
-        content = read(path)
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files fail in many ways
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        # Without the cause: torch's own text advises to switch its safety off.
-        raise ValueError(
-            f"load_weights(): path: expected a safetensors or torch file of tensors alone, got {path} with "
-            + (f"the Python object {found[1]}" if found else "damage or in another format")
-        ) from None
-    if isinstance(content, Mapping):
-        nested = (content.get(key) for key in ("state_dict", "model_state_dict", "model"))
-        content = next((inner for inner in nested if isinstance(inner, Mapping)), content)
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(
-            f"load_weights(): path: expected tensors by name, got {type(content).__name__} in {path}"
-        )
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(
-                f"load_weights(): path: expected tensors by name, got {type(value).__name__} "
-                f"under {name!r} in {path}"
-            )
-    return dict(content)
-
-
-def _first(names: list[str], count: int = 4) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    weights.load(network, path, "load_weights")

@@ -51,7 +51,7 @@ static void every_item_once(int64_t n, int64_t grain, int32_t threads) {
 static void test_items(void) {
     const int64_t sizes[] = {0, 1, 2, 7, 64, 1000, 4097};
     const int64_t grains[] = {1, 2, 64, 5000};
-    const int32_t threads[] = {0, 1, 2, 3, 16, 256, 100000};
+    const int32_t threads[] = {0, 1, 2, 100000, -1, -2, -3, -16, -256, -100000};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; ++i) {
         for (size_t k = 0; k < sizeof grains / sizeof grains[0]; ++k) {
             for (size_t j = 0; j < sizeof threads / sizeof threads[0]; ++j) {
@@ -62,13 +62,17 @@ static void test_items(void) {
 }
 
 static void test_thread_count(void) {
-    ss_exec x = ss_exec_cpu(4);
+    ss_exec x = ss_exec_cpu(-4); /* at once, whatever the work and the machine */
     CHECK(ss_parallel_threads(&x, 100, 10) == 4, "as asked");
     CHECK(ss_parallel_threads(&x, 30, 10) == 3 && ss_parallel_threads(&x, 31, 10) == 4, "groups");
     CHECK(ss_parallel_threads(&x, 0, 10) == 1, "at least one");
     CHECK(ss_parallel_threads(&x, INT64_MAX, 1) == 4, "no overflow");
-    x.threads = INT32_MAX;
+    x.threads = INT32_MIN;
     CHECK(ss_parallel_threads(&x, INT64_MAX, 1) == SS_MAX_THREADS, "the most there can be");
+    x.threads = INT32_MAX;
+    CHECK(ss_parallel_threads(&x, INT64_MAX, 1) == ss_cpu_count(), "no more than cores");
+    x.threads = 1;
+    CHECK(ss_parallel_threads(&x, INT64_MAX, 1) == 1, "one");
     x.threads = 0;
     CHECK(ss_parallel_threads(&x, INT64_MAX, 1) == ss_cpu_count(), "all cores");
     CHECK(ss_cpu_count() >= 1 && ss_cpu_count() <= SS_MAX_THREADS, "%d", (int)ss_cpu_count());
@@ -85,7 +89,7 @@ static void nested(void *ctx, int64_t begin, int64_t end, int32_t thread) {
 }
 
 static void test_nesting(void) {
-    ss_exec x = ss_exec_cpu(3);
+    ss_exec x = ss_exec_cpu(-3);
     static atomic_int hits[20 * 10];
     tally t = {.hits = hits, .x = &x};
     ss_parallel_for(&x, 10, 1, nested, &t);
@@ -95,12 +99,12 @@ static void test_nesting(void) {
 }
 
 static void test_fork(void) {
-    every_item_once(1000, 10, 4);
+    every_item_once(1000, 10, -4);
     fflush(NULL);
     pid_t child = fork();
     if (child == 0) {
         check_failures = 0;
-        every_item_once(1000, 10, 4);
+        every_item_once(1000, 10, -4);
         _exit(check_failures != 0);
     }
     int status = -1;
@@ -111,7 +115,7 @@ static void test_fork(void) {
 static void test_no_threads(void) {
     for (long n = 1; n <= 4; ++n) {
         atomic_store(&fail_thread, n);
-        every_item_once(1000, 10, 4);
+        every_item_once(1000, 10, -4);
         CHECK(atomic_exchange(&fail_thread, 0) == (n < 4 ? 0 : 1), "failure %ld was not reached",
               n);
     }

@@ -20,12 +20,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "emulated"
 FLAGS = [
-    *("-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-strict-aliasing", "-fcf-protection=none"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-uninitialized"),
-    *("-Wno-maybe-uninitialized", f"-I{HERE}"),
+    *("-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-exceptions"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
+    *("-fcf-protection=none", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unknown-pragmas"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized", f"-I{HERE}"),
 ]
-SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), HERE / "emulation.cpp"]
+KERNELS = sorted(ROOT.glob("csrc/cuda/*.cu"))
 HEADERS = [
     *sorted(ROOT.glob("csrc/*.h")),
     ROOT / "csrc/ops.def",
@@ -34,14 +34,14 @@ HEADERS = [
 ]
 
 
-def build() -> Path:
-    """Compile what has changed, link, and return the library's path."""
+def build(sources: list[Path] = KERNELS) -> Path:
+    """Compile what has changed of CUDA files, link, and return the library's path."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may come here at once
         shared = hashlib.sha256("".join([*FLAGS, *(p.read_text() for p in HEADERS)]).encode())
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: _compile(source, shared.copy()), SOURCES))
+            objects = list(pool.map(lambda s: _compile(s, shared.copy()), [*sources, HERE / "emulation.cpp"]))
         names = "".join(o.name for o in objects)
         library = BUILD / f"emulated-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
         if not library.exists():

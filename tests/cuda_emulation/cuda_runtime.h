@@ -135,7 +135,8 @@ static inline cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3
     return ss_emulated_launch(grid, block, shared, ss_emulated_call<P...>::thread, &call);
 }
 
-/* ---- barriers and warp functions: the line tells which one, so that a mix-up shows ------------- */
+/* ---- barriers and warp functions: the line tells which one, so that a mix-up shows -------------
+ */
 
 #define __syncthreads() ss_emulated_sync(__LINE__)
 #define __syncthreads_count(predicate) ss_emulated_sync_count(__LINE__, predicate)
@@ -199,7 +200,8 @@ static inline unsigned __activemask(void) {
     return 0xffffffffu;
 }
 
-/* ---- atomics: one thread runs at a time -------------------------------------------------------- */
+/* ---- atomics: one thread runs at a time --------------------------------------------------------
+ */
 
 #define SS_ATOMIC(f, T, expression)                                                                \
     static inline T f(T *p, T v) {                                                                 \
@@ -226,7 +228,8 @@ SS_ATOMICS(unsigned long long)
 #undef SS_ATOMICS
 #undef SS_ATOMIC
 
-/* ---- integer and bit functions ----------------------------------------------------------------- */
+/* ---- integer and bit functions -----------------------------------------------------------------
+ */
 
 static inline int __popc(unsigned v) {
     return __builtin_popcount(v);

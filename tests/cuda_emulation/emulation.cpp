@@ -23,12 +23,14 @@
 #define MAX_THREADS 1024
 #define STACK (64 << 10)
 #define PAGE 4096
-#define POISON_BYTES (16 << 20) /* per launch: as many blocks as that pays for start with garbage */
+#define POISON_BYTES (16 << 20) /* per launch: as many blocks as that pays for start with garbage  \
+                                 */
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-/* ---- fibers ------------------------------------------------------------------------------------ */
+/* ---- fibers ------------------------------------------------------------------------------------
+ */
 
 #if defined(__x86_64__) || defined(__aarch64__)
 typedef void *saved; /* the stack pointer; everything else is on the stack */
@@ -77,7 +79,8 @@ static void fiber_switch(saved *from, saved *to) {
 }
 #endif
 
-/* ---- one block --------------------------------------------------------------------------------- */
+/* ---- one block ---------------------------------------------------------------------------------
+ */
 
 typedef struct warp {
     uint64_t value[2][32]; /* of this function and of the one before, which some have yet to read */
@@ -85,8 +88,8 @@ typedef struct warp {
     int line, turn;
 } warp;
 
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {
-    pthread_mutex_t lock;
     char *stacks;
     saved fiber[MAX_THREADS + 1], main;
     int free[MAX_THREADS + 1], n_free;
@@ -103,7 +106,7 @@ static struct {
     int reverse, failed;
     char error[256];
     alignas(16) char dynamic_shared[49152];
-} e = {PTHREAD_MUTEX_INITIALIZER};
+} e;
 
 extern "C" {
 extern char ss_shared_begin[] __asm__("__start_ss_shared") __attribute__((weak));
@@ -112,9 +115,9 @@ __attribute__((visibility("default"))) void ss_emulated_reverse(int reverse);
 }
 
 void ss_emulated_reverse(int reverse) {
-    pthread_mutex_lock(&e.lock);
+    pthread_mutex_lock(&lock);
     e.reverse = reverse;
-    pthread_mutex_unlock(&e.lock);
+    pthread_mutex_unlock(&lock);
 }
 
 const char *cudaGetErrorString(cudaError_t error) {
@@ -204,9 +207,10 @@ static void work(void) {
             warp *w = &e.warps[e.now / 32];
             w->left |= 1u << (e.now % 32);
             if (w->arrived) {
-                fail("block (%u, %u, %u): lane %d of warp %d has left the kernel, and line %d waits "
-                     "for it",
-                     blockIdx.x, blockIdx.y, blockIdx.z, e.now % 32, e.now / 32, w->line);
+                fail(
+                    "block (%u, %u, %u): lane %d of warp %d has left the kernel, and line %d waits "
+                    "for it",
+                    blockIdx.x, blockIdx.y, blockIdx.z, e.now % 32, e.now / 32, w->line);
             }
             ++e.done;
             e.now = -1;
@@ -229,8 +233,9 @@ static void work(void) {
 
 int ss_emulated_sync_count(int line, int predicate) {
     if (e.n_waiting > 0 && e.line != line) {
-        fail("block (%u, %u, %u): thread %d is at the barrier of line %d, others at that of line %d",
-             blockIdx.x, blockIdx.y, blockIdx.z, e.now, line, e.line);
+        fail(
+            "block (%u, %u, %u): thread %d is at the barrier of line %d, others at that of line %d",
+            blockIdx.x, blockIdx.y, blockIdx.z, e.now, line, e.line);
     }
     const int me = e.now;
     e.line = line;
@@ -254,9 +259,10 @@ const uint64_t *ss_emulated_warp(int line, unsigned mask, uint64_t value, unsign
     const int turn = w->turn, first = e.now / 32 * 32;
     *lane = me;
     if (mask != 0xffffffffu || w->left) {
-        fail("block (%u, %u, %u): warp %d at line %d: expected all 32 lanes, got mask %08x and %08x "
-             "that have ended",
-             blockIdx.x, blockIdx.y, blockIdx.z, first / 32, line, mask, w->left);
+        fail(
+            "block (%u, %u, %u): warp %d at line %d: expected all 32 lanes, got mask %08x and %08x "
+            "that have ended",
+            blockIdx.x, blockIdx.y, blockIdx.z, first / 32, line, mask, w->left);
     }
     if (w->arrived && w->line != line) {
         fail("block (%u, %u, %u): lane %u of warp %d is at line %d, others at line %d", blockIdx.x,
@@ -283,7 +289,8 @@ void *ss_emulated_dynamic_shared(void) {
     return e.dynamic_shared;
 }
 
-/* ---- one grid ---------------------------------------------------------------------------------- */
+/* ---- one grid ----------------------------------------------------------------------------------
+ */
 
 static int start_fibers(void) {
     if (!e.stacks) {
@@ -323,10 +330,12 @@ static int run_block(void) {
 static cudaError_t refuse_launch(dim3 grid, dim3 block, size_t shared) {
     const uint64_t threads = (uint64_t)block.x * block.y * block.z;
     if (threads == 0 || threads > MAX_THREADS || threads % 32 != 0 || block.z > 64 ||
-        grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 || shared > sizeof e.dynamic_shared) {
-        snprintf(e.error, sizeof e.error,
-                 "invalid launch: grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory",
-                 grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
+        grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 ||
+        shared > sizeof e.dynamic_shared) {
+        snprintf(
+            e.error, sizeof e.error,
+            "invalid launch: grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory",
+            grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
         return cudaErrorInvalidConfiguration;
     }
     return cudaSuccess;
@@ -356,7 +365,7 @@ static cudaError_t run_grid(dim3 grid, dim3 block, size_t shared) {
 
 cudaError_t ss_emulated_launch(dim3 grid, dim3 block, size_t shared, void (*run)(void *),
                                void *context) {
-    pthread_mutex_lock(&e.lock);
+    pthread_mutex_lock(&lock);
     cudaError_t error = refuse_launch(grid, block, shared);
     if (error == cudaSuccess && !e.stacks && !start_fibers()) {
         snprintf(e.error, sizeof e.error, "no memory for the stacks of a block");
@@ -367,6 +376,6 @@ cudaError_t ss_emulated_launch(dim3 grid, dim3 block, size_t shared, void (*run)
         e.context = context;
         error = run_grid(grid, block, shared);
     }
-    pthread_mutex_unlock(&e.lock);
+    pthread_mutex_unlock(&lock);
     return error;
 }

@@ -78,7 +78,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     uint8_t *image = malloc((size_t)n), *kept = malloc((size_t)n);
     int32_t *labels = malloc((size_t)n * sizeof *labels);
     take_mask(&b, image, n, by_value ? 3 : 2);
-    ss_exec x = ss_exec_cpu(1 + options / 16 % 2);
+    ss_exec x = ss_exec_cpu(options / 16 % 2 ? -2 : 1);
     ss_components_args a = {.connectivity = connectivity, .by_value = by_value};
     a.image = ss_tensor_of(image, SS_U8, 4, s);
     a.labels = ss_tensor_of(labels, SS_I32, 4, s);

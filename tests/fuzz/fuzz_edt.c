@@ -79,7 +79,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     take_mask(&b, mask, n, 2);
     index_shape[0] = want_index;
     memcpy(index_shape + 1, s, sizeof s);
-    ss_exec x = ss_exec_cpu(1 + options / 16 % 2);
+    ss_exec x = ss_exec_cpu(options / 16 % 2 ? -2 : 1);
     ss_edt_args a = {.border = border, .squared = 1, .want_index = want_index};
     a.mask = ss_tensor_of(mask, SS_U8, 4, s);
     a.spacing = (ss_doubles){spacing, spaced ? 3 : 0};

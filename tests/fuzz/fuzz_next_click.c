@@ -104,7 +104,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     r.current = options / 4 % 2 ? take_volume(&b, r.n) : NULL;
     r.region = options / 8 % 2 ? take_volume(&b, r.n) : NULL;
     int32_t label = -9, expected_label = -1;
-    ss_exec x = ss_exec_cpu(1 + options / 16 % 2);
+    ss_exec x = ss_exec_cpu(options / 16 % 2 ? -2 : 1);
     ss_next_click_args a = {.seed = seed, .ritm = r.ritm, .dims = r.dims};
     a.target = ss_tensor_of((void *)(uintptr_t)r.target, SS_U8, 4, r.s);
     if (r.current) {

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAM-Med3D, SAM-Med3D-turbo and SegAnyPET: one network, three sets of weights, as generalists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from semisam import ops, prompts, weights
+from semisam.generalists.protocol import Decoded, GeneralistSpec
+from semisam.generalists.sam_med3d_network import SamMed3DNetwork
+from semisam.prompts import PromptBatch
+
+__all__ = ["CubeState", "SamMed3D", "SamMed3DTurbo", "SegAnyPET"]
+
+_UNASKED = -10.0  # the logit of rows that were not asked for
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class CubeState:
+    """What `SamMed3D.encode` keeps of a batch of images: features, and how patch and cube relate."""
+
+    features: Tensor  # [B, channels, grid, grid, grid]
+    shape: tuple[int, ...]  # of the patch
+    resampled: tuple[int, ...]  # of the patch on the network's spacing, before it goes into the cube
+
+
+class SamMed3D:
+    """SAM-Med3D: clicks and mask prompts on volumes, one cube of 128^3 voxels at a time.
+
+    `checkpoint` is the published file (a dictionary with "model_state_dict"), or any safetensors or torch
+    file with the same 324 tensors; nothing in it is run. `network` is a `SamMed3DNetwork` of yours instead,
+    such as a fine-tuned or a small one.
+
+    Images: a patch that fits is padded on both sides with its background to the cube, any other is resized
+    to it; then the voxels above the background `background` (None: each image's minimum; 0 for raw
+    intensities) get mean 0 and deviation 1. `resample_mm` (such as 1.5, what the weights were trained on)
+    first brings patches of known spacing to that voxel size. Several channels are averaged afterwards.
+
+    `precision` "float32", "bfloat16", "float16" or "auto": bfloat16 on GPUs that have it, float16 on other
+    GPUs, float32 elsewhere. The network follows the images' device. It is frozen: in evaluation mode,
+    without gradient.
+
+    Raises ValueError for a file that does not fit (with what differs) and settings out of range, OSError for
+    one that cannot be read. Paper: Wang et al., SAM-Med3D (arXiv 2310.15161).
+
+    >>> import torch
+    >>> from semisam.generalists.sam_med3d import SamMed3D
+    >>> from semisam.generalists.sam_med3d_network import Architecture, SamMed3DNetwork
+    >>> from semisam.prompts import PromptBatch
+    >>> sam = SamMed3D(network=SamMed3DNetwork(Architecture.small()))  # random weights
+    >>> state = sam.encode(torch.rand(1, 1, 20, 24, 16))
+    >>> click = PromptBatch.empty(1, 1, (20, 24, 16), torch.empty(0)).append(
+    ...     torch.tensor([[[10, 12, 8]]]), torch.tensor([[1]])
+    ... )
+    >>> sam.decode(state, click).logits.shape
+    torch.Size([1, 1, 20, 24, 16])
+    """
+
+    spec = GeneralistSpec(
+        "sam-med3d",
+        spatial_dims=(3,),
+        prompts=frozenset({"points", "mask"}),
+        mask_size=(32, 32, 32),
+        input_size=(128, 128, 128),
+        spacing=(1.5, 1.5, 1.5),
+        licence="Apache-2.0 (its repository; data sets have terms of their own)",
+        training_sets=("SA-Med3D-140K: 70 public data sets and licensed private cases",),
+        paper="arXiv 2310.15161",
+    )
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        network: SamMed3DNetwork | None = None,
+        background: float | None = None,
+        resample_mm: float | None = None,
+        precision: str = "auto",
+    ) -> None:
+        """Build the network and load the weights once."""
+        who = type(self).__name__
+        if (checkpoint is None) == (network is None):
+            what = "both" if network is not None else "neither"
+            raise ValueError(
+                f"{who}(): checkpoint: expected the file with the weights of {self.spec.name} (or a network "
+                f"of yours instead), got {what}"
+            )
+        if precision != "auto" and precision not in _PRECISIONS:
+            raise ValueError(
+                f"{who}(): precision: expected auto, {', '.join(_PRECISIONS)}, got {precision!r}"
+            )
+        if resample_mm is not None and not 0 < resample_mm < float("inf"):
+            raise ValueError(f"{who}(): resample_mm: expected a positive number or None, got {resample_mm}")
+        if checkpoint is not None:
+            network = SamMed3DNetwork()
+            weights.load(network, Path(checkpoint), who, name="checkpoint", rest=True)
+        assert network is not None
+        self.network = network.eval().requires_grad_(False)
+        self.background, self.resample_mm, self.precision = background, resample_mm, precision
+        a = network.architecture
+        self.spec = replace(self.spec, mask_size=a.mask_size, input_size=(a.side,) * 3)
+
+    @torch.no_grad()
+    def encode(self, images: Any, *, spacing: Sequence[float] | None = None) -> CubeState:
+        """Prepare images [B, channels, D, H, W] and compute their features.
+
+        `spacing` in mm is used with `resample_mm` alone. Raises TypeError for anything but a torch tensor,
+        ValueError for another number of dimensions.
+        """
+        who = f"{type(self).__name__}.encode()"
+        if not ops.is_torch(images):
+            raise TypeError(f"{who}: images: expected a torch tensor, got {type(images).__name__}")
+        if images.ndim != 5 or not images.shape[1]:
+            raise ValueError(
+                f"{who}: images: expected [B, channels, D, H, W], got shape {tuple(images.shape)}"
+            )
+        shape = tuple(images.shape[2:])
+        resampled = self._resampled(shape, spacing)
+        channels = images.float().flatten(0, 1)[:, None]
+        cube = self._standardised(_resize(channels, resampled))
+        cube = cube.reshape(*images.shape[:2], *cube.shape[1:]).mean(1)
+        with self._at(images.device):
+            return CubeState(self.network.embed(cube), shape, resampled)
+
+    @torch.no_grad()
+    def decode(self, state: CubeState, prompts: PromptBatch, active: Any = None) -> Decoded:
+        """Segment all rows that are asked for, in one batch per number of clicks.
+
+        A row without clicks is asked by its mask prompt alone, a row without a mask prompt gets zeros, as in
+        training; padding (label -1) is left out, so that a row's answer does not depend on what else is in
+        the batch. `low_res` are the decoder's logits, the next round's mask prompt.
+
+        Raises ValueError for boxes and for prompts that do not fit the images.
+        """
+        batch, classes, _ = prompts.labels.shape
+        self._check(state, prompts, active)
+        low = torch.full((batch * classes, *self._mask_size), _UNASKED, device=state.features.device)
+        rows = torch.ones(batch * classes, dtype=torch.bool) if active is None else active.reshape(-1)
+        for index, points, labels, masks in self._groups(state, prompts, rows.to(low.device).bool()):
+            with self._at(low.device):
+                made, _ = self.network.decode(state.features[index // classes], points, labels, masks)
+            low[index] = made[:, 0].float()
+        logits = self._to_patch(low[:, None], state)
+        logits[~rows.to(low.device).bool()] = _UNASKED
+        head = (batch, classes)
+        return Decoded(logits.reshape(*head, *state.shape), low.reshape(*head, *self._mask_size))
+
+    def mask_prompt(self, prob: Any, state: CubeState) -> Tensor:
+        """Return the mask prompt [B, F, *mask_size] of probabilities [B, F, D, H, W] on the patch's grid.
+
+        They go where the image went, and are 0 around it; then cells are averaged (`prompts.mask_logits`).
+        """
+        flat = prob.float().flatten(0, 1)[:, None]
+        cube = self._into_cube(_resize(flat, state.resampled), 0.0)
+        made: Tensor = prompts.mask_logits(cube[:, 0].clamp(0, 1), self._mask_size)
+        return made.reshape(*prob.shape[:2], *self._mask_size)
+
+    # ---- patch and cube
+
+    @property
+    def _mask_size(self) -> tuple[int, int, int]:
+        return self.network.architecture.mask_size
+
+    def _resampled(self, shape: tuple[int, ...], spacing: Sequence[float] | None) -> tuple[int, ...]:
+        """The patch's shape on the network's spacing."""
+        if self.resample_mm is None or spacing is None:
+            return shape
+        sides = zip(shape, spacing, strict=True)
+        return tuple(max(1, round(n * s / self.resample_mm)) for n, s in sides)
+
+    def _into_cube(self, x: Tensor, fill: float | Tensor) -> Tensor:
+        """[N, 1, *resampled] into [N, 1, side, side, side]; `fill` around it, one value or one per row."""
+        side = self.network.architecture.side
+        shape = tuple(x.shape[2:])
+        if max(shape) > side:
+            return _resize(x, (side,) * 3)
+        if shape == (side,) * 3:
+            return x
+        cube = x.new_empty(len(x), 1, side, side, side)
+        cube[:] = fill
+        cube[_place(shape, side)] = x
+        return cube
+
+    def _standardised(self, x: Tensor) -> Tensor:
+        """Rows [N, 1, *S] in the cube, with mean 0 and deviation 1 over their voxels above the background."""
+        low = x.flatten(1).amin(1).reshape(-1, 1, 1, 1, 1)
+        if self.background is not None:
+            low = torch.full_like(low, self.background)
+        cube = self._into_cube(x, low)
+        inside = cube > low
+        n = inside.sum((1, 2, 3, 4), keepdim=True).double()
+        mean = torch.where(inside, cube, 0).sum(
+            (1, 2, 3, 4), keepdim=True, dtype=torch.float64
+        ) / n.clamp_min(1)
+        off = (
+            torch.where(inside, cube - mean, 0).square().sum((1, 2, 3, 4), keepdim=True, dtype=torch.float64)
+        )
+        deviation = (off / (n - 1).clamp_min(1)).sqrt()
+        deviation = torch.where(deviation > 0, deviation, 1)
+        return ((cube - torch.where(n > 0, mean, low.double())) / deviation).float()
+
+    def _to_patch(self, low: Tensor, state: CubeState) -> Tensor:
+        """Logits [N, 1, *mask_size] of the cube on the patch's grid."""
+        side = self.network.architecture.side
+        cube = _resize(low, (side,) * 3)
+        if max(state.resampled) <= side:
+            cube = cube[_place(state.resampled, side)]
+        return _resize(cube, state.shape).clone()
+
+    def _groups(self, state: CubeState, batch: PromptBatch, rows: Tensor) -> Any:
+        """(row numbers, points, labels, masks) of the rows asked for, by their number of clicks."""
+        device = state.features.device
+        scale = [m / n for m, n in zip(state.resampled, state.shape, strict=True)]
+        at = (batch.points.to(device).double() + 0.5) * torch.tensor(scale, device=device) - 0.5
+        moved = PromptBatch(state.resampled, at, batch.labels.to(device), None, batch.mask_logits)
+        sent = moved.to_sam_med3d(self.network.architecture.side)
+        points, labels = sent["points"], sent["labels"]
+        masks = sent.get("mask_logits")
+        if masks is None:
+            masks = torch.zeros(len(labels), 1, *self._mask_size, device=device)
+        # Clicks first, in their order, and padding behind them.
+        order = (labels < 0).to(torch.uint8).argsort(dim=1, stable=True)
+        labels = labels.gather(1, order)
+        points = points.gather(1, order[..., None].expand_as(points))
+        clicks = (labels >= 0).sum(1)
+        for k in torch.unique(clicks[rows]).tolist():
+            index = (rows & (clicks == k)).nonzero()[:, 0]
+            yield index, points[index, :k], labels[index, :k], masks[index].to(device).float()
+
+    # ---- devices and checks
+
+    def _at(self, device: torch.device) -> Any:
+        """Move the network there; the context of its precision."""
+        self.network.to(device)
+        wanted = self.precision
+        if wanted == "auto":
+            on_gpu = device.type == "cuda"
+            half = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float16"
+            wanted = half if on_gpu else "float32"
+        kind = _PRECISIONS[wanted]
+        return torch.autocast(device.type, kind, enabled=kind is not torch.float32)
+
+    def _check(self, state: CubeState, batch: PromptBatch, active: Any) -> None:
+        who = f"{type(self).__name__}.decode(): "
+        n, classes, _ = batch.labels.shape
+        if batch.shape != state.shape or n != len(state.features):
+            raise ValueError(
+                f"{who}prompts: expected {len(state.features)} samples of the images' shape {state.shape}, "
+                f"got {n} of {batch.shape}"
+            )
+        if batch.boxes is not None:
+            raise ValueError(
+                f"{who}prompts.boxes: expected None, as the network has no box prompts, got boxes"
+            )
+        if active is not None and tuple(active.shape) != (n, classes):
+            raise ValueError(f"{who}active: expected shape {(n, classes)}, got {tuple(active.shape)}")
+        drawn = batch.mask_logits
+        if drawn is not None and tuple(drawn.shape[2:]) != self._mask_size:
+            raise ValueError(
+                f"{who}prompts.mask_logits: expected size {self._mask_size} (see mask_prompt), got "
+                f"{tuple(drawn.shape[2:])}"
+            )
+
+
+class SamMed3DTurbo(SamMed3D):
+    """SAM-Med3D-turbo: SAM-Med3D fine-tuned by its authors on more data sets; see `SamMed3D`.
+
+    >>> from semisam.generalists.sam_med3d import SamMed3DTurbo
+    >>> SamMed3DTurbo.spec.name, SamMed3DTurbo.spec.default_mode
+    ('sam-med3d-turbo', 'mixed')
+    """
+
+    spec = replace(SamMed3D.spec, name="sam-med3d-turbo")
+
+
+class SegAnyPET(SamMed3D):
+    """SegAnyPET: the same network for whole-body PET; see `SamMed3D`.
+
+    Paper: Zhang et al., SegAnyPET (arXiv 2502.14351).
+
+    >>> from semisam.generalists.sam_med3d import SegAnyPET
+    >>> SegAnyPET.spec.name, SegAnyPET.spec.input_size
+    ('segany-pet', (128, 128, 128))
+    """
+
+    spec = replace(
+        SamMed3D.spec,
+        name="segany-pet",
+        licence="see its repository",
+        training_sets=("PETS-5k (private PET scans)",),
+        paper="arXiv 2502.14351",
+    )
+
+
+def _resize(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(x.shape[2:]) == tuple(shape):
+        return x
+    return F.interpolate(x, shape, mode="trilinear", align_corners=False)
+
+
+def _place(shape: tuple[int, ...], side: int) -> tuple[slice, ...]:
+    """Where a patch lies in the cube [N, 1, side, side, side] that it is padded to."""
+    return (slice(None), slice(None), *tuple(slice((side - n) // 2, (side - n) // 2 + n) for n in shape))
