@@ -2,8 +2,9 @@
  *
  * block.cuh: the largest value of a block and sums over the threads before one.
  *
- * As ss_block_sum of device.cuh: all threads of a block take part, blocks are whole warps, `room` is
- * shared memory for one value per warp and may be used again at once. Integers: no order matters.
+ * As ss_block_sum of device.cuh: all threads of a block take part, blocks are whole warps, `room`
+ * is shared memory for one value per warp and may be used again at once. Integers: no order
+ * matters.
  */
 #ifndef SS_CUDA_BLOCK_CUH
 #define SS_CUDA_BLOCK_CUH

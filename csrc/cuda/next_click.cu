@@ -55,8 +55,8 @@ SS_DEVICE uint32_t nonzero_bytes(uint64_t v) {
 }
 
 /* Bit k: voxel `at` + k of a row is set, for k < n <= EACH; `absent` where there is no mask. */
-SS_DEVICE uint32_t mask_bits(const uint8_t *mask, int64_t start, int64_t at,
-                                                     int32_t n, int32_t wide, uint32_t absent) {
+SS_DEVICE uint32_t mask_bits(const uint8_t *mask, int64_t start, int64_t at, int32_t n,
+                             int32_t wide, uint32_t absent) {
     if (!mask) {
         return absent;
     }
@@ -161,8 +161,8 @@ SS_KERNEL void k_next_click_lines(click_task c) {
 }
 
 /* The least squared distance when going along one more axis, on which this is voxel `at` of n. */
-SS_DEVICE int32_t search_axis(const int32_t *near, int64_t at, int64_t n,
-                                                      int64_t stride, int32_t kind, int32_t best) {
+SS_DEVICE int32_t search_axis(const int32_t *near, int64_t at, int64_t n, int64_t stride,
+                              int32_t kind, int32_t best) {
     for (int32_t k = 1; k * k < best; ++k) {
         const int32_t square = k * k;
         int32_t behind = 0, ahead = 0; /* outside is another kind */
@@ -251,17 +251,15 @@ SS_KERNEL void k_next_click_candidates(click_task c, int32_t in) {
 /* ---- the click ------------------------------------------------------------------------------ */
 
 /* Bit k: voxel `at` + k is a candidate. */
-SS_DEVICE uint32_t candidate_bits(const click_task *c, int64_t row,
-                                                          int64_t at, int32_t in) {
+SS_DEVICE uint32_t candidate_bits(const click_task *c, int64_t row, int64_t at, int32_t in) {
     const int32_t n = voxels_here(c, at);
     const int64_t start = row * c->voxels;
     uint32_t bits = 0;
     if (in < 0) {
         bits = mask_bits(c->target, start, at, n, c->wide, 0) ^
                mask_bits(c->current, start, at, n, c->wide, 0);
-        return c->row[row].found & 1
-                   ? bits & mask_bits(c->region, start, at, n, c->wide, 0xffffu)
-                   : bits;
+        return c->row[row].found & 1 ? bits & mask_bits(c->region, start, at, n, c->wide, 0xffffu)
+                                     : bits;
     }
     const click_rule rule = rule_of(&c->row[row]);
     for (int32_t k = 0; k < n; ++k) {
@@ -270,8 +268,7 @@ SS_DEVICE uint32_t candidate_bits(const click_task *c, int64_t row,
     return bits;
 }
 
-SS_DEVICE void put_click(const click_task *c, int64_t row, int64_t i,
-                                                 int32_t label) {
+SS_DEVICE void put_click(const click_task *c, int64_t row, int64_t i, int32_t label) {
     int64_t *point = c->point + 3 * row;
     point[0] = i / c->W / c->H;
     point[1] = i / c->W % c->H;

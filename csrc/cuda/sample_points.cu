@@ -2,17 +2,18 @@
  *
  * sample_points.cu: n random points inside and n outside every class region of every sample.
  *
- * Region of class c: {argmax_c prob = c} (ties: smallest class); candidates are its voxels, or those
- * with max_c prob >= confidence if at least n of these are in the set (class, side). Ranks among m
- * candidates in C order by Floyd's subset sampling: for i = 0..n-1, r = pick(m - n + i + 1, word i),
- * or m - n + i if r was drawn before; where m < n all m are taken. Word i is philox64(seed; counter +
- * (0, 0, (2 c + side) n + i, 0)), side 1 outside. Points come in C order; missing ones are -1.
+ * Region of class c: {argmax_c prob = c} (ties: smallest class); candidates are its voxels, or
+ * those with max_c prob >= confidence if at least n of these are in the set (class, side). Ranks
+ * among m candidates in C order by Floyd's subset sampling: for i = 0..n-1, r = pick(m - n + i + 1,
+ * word i), or m - n + i if r was drawn before; where m < n all m are taken. Word i is
+ * philox64(seed; counter + (0, 0, (2 c + side) n + i, 0)), side 1 outside. Points come in C order;
+ * missing ones are -1.
  *
  * prob [B, C, D, H, W] -> point [B, C, 2, n, 3], label [B, C, 2, n] (1, 0, -1). Launches: 1 memset
- * and 3 kernels: count the classes of blocks of VOXELS voxels; one block per set draws the ranks and
- * finds their blocks; one warp per point finds the voxel. Memory: 4 bytes read per probability
- * (float); workspace 8 (C + 1) / VOXELS per voxel and 24 per point. Numerics: comparisons of floats,
- * the same voxels as on the CPU. Deterministic: counts are integers. registers <= 64
+ * and 3 kernels: count the classes of blocks of VOXELS voxels; one block per set draws the ranks
+ * and finds their blocks; one warp per point finds the voxel. Memory: 4 bytes read per probability
+ * (float); workspace 8 (C + 1) / VOXELS per voxel and 24 per point. Numerics: comparisons of
+ * floats, the same voxels as on the CPU. Deterministic: counts are integers. registers <= 64
  */
 #include "block.cuh"
 
@@ -48,7 +49,8 @@ typedef struct point_task {
 } point_task;
 
 /* The winner among the classes at a voxel and its probability, as the CPU compares them. */
-template <typename T> SS_DEVICE int32_t classify(const point_task *t, int64_t b, int64_t i, float *p) {
+template <typename T>
+SS_DEVICE int32_t classify(const point_task *t, int64_t b, int64_t i, float *p) {
     const int64_t start = b * t->C * t->voxels + i;
     float best = (float)ss_load<T>(t->prob, start);
     int32_t winner = 0;
