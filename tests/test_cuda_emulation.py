@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels without a GPU: compiled for the CPU (tests/cuda_emulation), over the table of cases."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from cuda_emulation import HERE, build, load
+from test_ops import all_runs, bits, check_value, make, run
+
+from semisam import _core, ops
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the emulated kernels")
+
+GUARD = 4096  # bytes around a workspace that must stay as they are
+
+
+@pytest.fixture(scope="module")
+def library():
+    return load()
+
+
+def emulated(case, inputs):
+    """One call as a GPU would run it: outputs and workspace full of garbage, a guard around the latter."""
+    outputs = []
+    for shape, dtype in ops.output_specs(case.op, inputs):
+        t = torch.empty(shape, dtype=ops._torch_dtypes(torch)[dtype])
+        if t.numel():
+            t.view(torch.uint8).fill_(0xA5)
+        outputs.append(t)
+    rooms = []
+
+    def workspace(size):
+        room = np.full(size + 2 * GUARD + 256, 0xC3, np.uint8)
+        start = GUARD + -room.ctypes.data % 256
+        rooms.append((room, start, size))
+        return room[start : start + size]
+
+    given, made = iter(inputs), iter(outputs)
+    args = [next(made if a.kind == "out" else given) for a in ops.SCHEMA[case.op]]
+    faults = np.zeros(len(ops.SCHEMA), np.int64)
+    getattr(_core, case.op)(*args, 0, "emulated", workspace, faults)
+    for room, start, size in rooms:
+        assert (room[:start] == 0xC3).all(), "written before the workspace"
+        assert (room[start + size :] == 0xC3).all(), "written behind the workspace"
+    assert not faults.any()
+    return outputs
+
+
+def needs(op: str) -> None:
+    if op not in _core.backends()["emulated"]:
+        pytest.skip(f"{op} has no CUDA kernel yet")
+
+
+@all_runs
+def test_value_and_bits(case, dtype, library):
+    needs(case.op)
+    inputs = make(case, dtype)
+    got = emulated(case, inputs)
+    check_value(case, inputs, got)
+    for ours, cpu in zip(got, run(case, inputs), strict=True):
+        assert ours.is_floating_point() or torch.equal(ours, cpu), "integers must be those of the CPU"
+    assert bits(emulated(case, inputs)) == bits(got), "a second run gave other bits"
+    library.ss_emulated_reverse(1)
+    try:
+        assert bits(emulated(case, inputs)) == bits(got), "the order of threads and blocks shows"
+    finally:
+        library.ss_emulated_reverse(0)
+
+
+# ---- the emulation itself -----------------------------------------------------------------------
+
+THREADS = 96
+
+
+@pytest.fixture(scope="module")
+def faulty():
+    library = ctypes.CDLL(str(build([HERE / "faulty.cu"])))
+
+    def run_one(which: int, blocks: int = 1):
+        out = np.zeros(blocks * THREADS, np.int64)
+        text = ctypes.create_string_buffer(256)
+        status = library.faulty(which, out.ctypes.data_as(ctypes.c_void_p), text)
+        return status, text.value.decode(), out
+
+    run_one.reverse = library.ss_emulated_reverse
+    return run_one
+
+
+def test_a_right_kernel_runs(faulty):
+    status, text, out = faulty(0, blocks=3)
+    lanes = np.arange(THREADS).reshape(3, 32).sum(1).repeat(32)
+    expected = [b * THREADS + np.arange(THREADS)[::-1] + lanes + 1000 for b in range(3)]
+    assert (status, text) == (0, "")
+    assert out.tolist() == np.concatenate(expected).tolist()
+
+
+@pytest.mark.parametrize(
+    ("which", "sentence"),
+    [
+        (1, r"^k_two_barriers: block \(0, 0, 0\): thread 32 is at the barrier of line \d+, others at"),
+        (2, r"k_lane_at_barrier: block .* warp 0 waits at line \d+ for its lanes 00000020"),
+        (3, r"k_lane_gone: .*(lane 8 of warp 1 has left|warp 1 at line \d+: expected all 32 lanes)"),
+        (4, r"k_half_mask: .* expected all 32 lanes, got mask 0000ffff"),
+        (7, r"invalid launch: grid \(1, 1, 1\), block \(100, 1, 1\)"),
+        (8, r"invalid launch: .* 49153 bytes of shared memory"),
+    ],
+)
+def test_a_wrong_kernel_is_told_and_the_next_one_runs(faulty, which, sentence):
+    status, text, _ = faulty(which)
+    assert status == 5  # SS_FAILED
+    assert re.search(sentence, text), text
+    test_a_right_kernel_runs(faulty)
+
+
+def test_shared_memory_starts_as_garbage(faulty):
+    assert (faulty(5)[2] == -1).all()
+
+
+def test_a_missing_barrier_shows_in_the_other_order(faulty):
+    forward = faulty(6)[2]
+    faulty.reverse(1)
+    try:
+        assert faulty(6)[2].tolist() != forward.tolist()
+    finally:
+        faulty.reverse(0)
