@@ -24,7 +24,7 @@ class Info:
 
         >>> import semisam
         >>> semisam.info()["abi"]
-        1
+        2
         """
         build = _core.build_info()
         return Report(
