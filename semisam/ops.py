@@ -149,7 +149,7 @@ def _raw(op: str, inputs: Sequence[Any], outputs: Sequence[Any], isa: str | None
     """Interleave inputs and outputs as the schema has them, and run."""
     given, made = iter(inputs), iter(outputs)
     in_order = [next(made if out else given) for out in _IS_OUT[op]]
-    device = getattr(outputs[0], "device", "cpu")
+    device: Any = getattr(outputs[0], "device", "cpu")
     if isa is None and (device == "cpu" or device.type == "cpu"):
         getattr(_core, op)(*in_order, get_num_threads())
     elif isa is None:

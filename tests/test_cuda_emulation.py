@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from cases import CASES
 from cuda_emulation import HERE, build, load
 from test_ops import all_runs, bits, check_value, make, run
 
@@ -52,6 +55,27 @@ def emulated(case, inputs):
     return outputs
 
 
+@pytest.fixture
+def processes(library, monkeypatch):
+    """Calls with memory that the blocks of a cooperative launch, processes here, have in common."""
+
+    def run_with(blocks, case, inputs):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", lambda shape, dtype: _shared(math.prod(shape), dtype).view(shape))
+            patch.setattr(np, "full", lambda n, value, dtype: _shared(n, torch.uint8).fill_(value).numpy())
+            library.ss_emulated_processors(blocks)
+            try:
+                return emulated(case, inputs)
+            finally:
+                library.ss_emulated_processors(1)
+
+    return run_with
+
+
+def _shared(n: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(-1, max(n, 1) * dtype.itemsize), dtype=dtype, count=n)
+
+
 def needs(op: str) -> None:
     if op not in _core.backends()["emulated"]:
         pytest.skip(f"{op} has no CUDA kernel yet")
@@ -71,6 +95,17 @@ def test_value_and_bits(case, dtype, library):
         assert bits(emulated(case, inputs)) == bits(got), "the order of threads and blocks shows"
     finally:
         library.ss_emulated_reverse(0)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.op in ("random_walker", "geodesic")], ids=lambda c: c.id
+)
+def test_blocks_that_wait_for_each_other(case, processes):
+    needs(case.op)
+    inputs = make(case, "f32")
+    expected = bits(emulated(case, inputs))
+    for blocks in (2, 3, 7):
+        assert bits(processes(blocks, case, inputs)) == expected, f"other bits with {blocks} blocks"
 
 
 # ---- the emulation itself -----------------------------------------------------------------------

@@ -20,6 +20,7 @@
 #include "resident.cuh"
 
 #define BRICK 512 /* voxels and threads */
+#define MOST_BRICKS (1 << 29)
 #define HALO 1836 /* 3 * 18 * 34, the largest brick with its margin */
 
 typedef struct geodesic_group {
@@ -33,9 +34,9 @@ typedef struct geodesic_task {
     float *copy;        /* that copy, or NULL */
     const uint8_t *mask;
     float *distance;
-    int64_t N, classes, size[3], volume; /* D H W */
-    int32_t shift[3];                    /* a brick's sides are powers of two */
-    int64_t along[3], bricks;            /* bricks per axis, and in all */
+    int64_t N, classes, volume;
+    int32_t bricks, size[3];    /* D H W */
+    int32_t shift[3], along[3]; /* a brick's sides are powers of two; bricks per axis */
     float weight, h2[3];
     uint32_t *due;         /* [N, bricks] */
     geodesic_group *group; /* [N] */
@@ -43,29 +44,33 @@ typedef struct geodesic_task {
 
 /* One thread's voxel in a brick. */
 typedef struct geodesic_voxel {
-    int64_t brick[3], at[3];
+    int32_t begin[3], local[3], at[3]; /* the brick's, in the brick, in the volume */
+    int32_t inside;                    /* the volume */
     int64_t i;
-    int32_t inside; /* the volume */
 } geodesic_voxel;
 
-SS_DEVICE geodesic_voxel voxel_of(const geodesic_task *g, int64_t brick) {
+SS_DEVICE geodesic_voxel voxel_of(const geodesic_task *g, int32_t brick) {
     const int32_t t = threadIdx.x;
+    const int32_t row = brick / g->along[2];
     geodesic_voxel v;
-    v.brick[0] = brick / g->along[2] / g->along[1];
-    v.brick[1] = brick / g->along[2] % g->along[1];
-    v.brick[2] = brick % g->along[2];
-    v.at[0] = (v.brick[0] << g->shift[0]) + (t >> (g->shift[1] + g->shift[2]));
-    v.at[1] = (v.brick[1] << g->shift[1]) + (t >> g->shift[2] & ((1 << g->shift[1]) - 1));
-    v.at[2] = (v.brick[2] << g->shift[2]) + (t & ((1 << g->shift[2]) - 1));
+    v.begin[0] = row / g->along[1] << g->shift[0];
+    v.begin[1] = row % g->along[1] << g->shift[1];
+    v.begin[2] = brick % g->along[2] << g->shift[2];
+    v.local[0] = t >> (g->shift[1] + g->shift[2]);
+    v.local[1] = t >> g->shift[2] & ((1 << g->shift[1]) - 1);
+    v.local[2] = t & ((1 << g->shift[2]) - 1);
+    for (int32_t axis = 0; axis < 3; ++axis) {
+        v.at[axis] = v.begin[axis] + v.local[axis];
+    }
     v.inside = v.at[0] < g->size[0] && v.at[1] < g->size[1] && v.at[2] < g->size[2];
-    v.i = (v.at[0] * g->size[1] + v.at[1]) * g->size[2] + v.at[2];
+    v.i = ((int64_t)v.at[0] * g->size[1] + v.at[1]) * g->size[2] + v.at[2];
     return v;
 }
 
 /* A block per brick: distance 0 or infinite, and whether there is anything to begin with. */
 template <typename T> SS_KERNEL void k_geodesic_start(geodesic_task g) {
     const int64_t n = blockIdx.x / g.bricks;
-    const geodesic_voxel v = voxel_of(&g, blockIdx.x % g.bricks);
+    const geodesic_voxel v = voxel_of(&g, (int32_t)(blockIdx.x % g.bricks));
     int marked = 0;
     if (v.inside) {
         const int64_t i = n * g.volume + v.i;
@@ -85,7 +90,8 @@ template <typename T> SS_KERNEL void k_geodesic_start(geodesic_task g) {
 /* Length of the step to the neighbour on an axis, or infinite where there is none. */
 SS_DEVICE float step_to(const geodesic_task *g, const float *image, const geodesic_voxel *v,
                         int32_t axis, int32_t side) {
-    const int64_t stride = axis == 2 ? 1 : axis == 1 ? g->size[2] : g->size[1] * g->size[2];
+    const int64_t plane = (int64_t)g->size[1] * g->size[2];
+    const int64_t stride = axis == 2 ? 1 : axis == 1 ? g->size[2] : plane;
     const int there = v->inside && (side ? v->at[axis] + 1 < g->size[axis] : v->at[axis] > 0);
     if (!there) {
         return INFINITY;
@@ -100,12 +106,12 @@ SS_DEVICE void load_brick(const geodesic_task *g, const geodesic_voxel *v, const
     const int32_t wide = (1 << g->shift[2]) + 2, high = (1 << g->shift[1]) + 2;
     const int32_t all = ((1 << g->shift[0]) + 2) * high * wide;
     for (int32_t k = threadIdx.x; k < all; k += BRICK) {
-        const int64_t z = (v->brick[0] << g->shift[0]) + k / wide / high - 1;
-        const int64_t y = (v->brick[1] << g->shift[1]) + k / wide % high - 1;
-        const int64_t x = (v->brick[2] << g->shift[2]) + k % wide - 1;
+        const int32_t z = v->begin[0] + k / wide / high - 1;
+        const int32_t y = v->begin[1] + k / wide % high - 1;
+        const int32_t x = v->begin[2] + k % wide - 1;
         const int there =
             z >= 0 && z < g->size[0] && y >= 0 && y < g->size[1] && x >= 0 && x < g->size[2];
-        near[k] = there ? d[(z * g->size[1] + y) * g->size[2] + x] : INFINITY;
+        near[k] = there ? d[((int64_t)z * g->size[1] + y) * g->size[2] + x] : INFINITY;
     }
 }
 
@@ -129,16 +135,13 @@ SS_DEVICE float settle(float *near, int32_t me, const int32_t away[3], const flo
 }
 
 /* Relaxes a brick; true in threads that woke a neighbouring brick. */
-SS_DEVICE int relax_brick(const geodesic_task *g, int64_t n, int64_t brick, float *near) {
+SS_DEVICE int relax_brick(const geodesic_task *g, int64_t n, int32_t brick, float *near) {
     const geodesic_voxel v = voxel_of(g, brick);
     float *d = g->distance + n * g->volume;
     const float *image = g->image + n / g->classes * g->volume;
     const int32_t wide = (1 << g->shift[2]) + 2, plane = ((1 << g->shift[1]) + 2) * wide;
     const int32_t away[3] = {plane, wide, 1};
-    const int32_t local[3] = {(int32_t)(v.at[0] - (v.brick[0] << g->shift[0])),
-                              (int32_t)(v.at[1] - (v.brick[1] << g->shift[1])),
-                              (int32_t)(v.at[2] - (v.brick[2] << g->shift[2]))};
-    const int32_t me = (local[0] + 1) * plane + (local[1] + 1) * wide + local[2] + 1;
+    const int32_t me = (v.local[0] + 1) * plane + (v.local[1] + 1) * wide + v.local[2] + 1;
     float step[6];
 #pragma unroll
     for (int32_t k = 0; k < 6; ++k) {
@@ -155,11 +158,10 @@ SS_DEVICE int relax_brick(const geodesic_task *g, int64_t n, int64_t brick, floa
 #pragma unroll
     for (int32_t k = 0; k < 6; ++k) {
         const int32_t last = (1 << g->shift[k / 2]) - 1;
-        const int64_t stride = k / 2 == 2   ? 1
-                               : k / 2 == 1 ? g->along[2]
-                                            : g->along[1] * g->along[2];
+        const int32_t layer = g->along[1] * g->along[2];
+        const int32_t stride = k / 2 == 2 ? 1 : k / 2 == 1 ? g->along[2] : layer;
         const float theirs = near[k % 2 ? me + away[k / 2] : me - away[k / 2]];
-        if (local[k / 2] == (k % 2 ? last : 0) && mine + step[k] < theirs) {
+        if (v.local[k / 2] == (k % 2 ? last : 0) && mine + step[k] < theirs) {
             atomicOr(&g->due[n * g->bricks + (k % 2 ? brick + stride : brick - stride)], 1u);
             woke = 1;
         }
@@ -168,31 +170,30 @@ SS_DEVICE int relax_brick(const geodesic_task *g, int64_t n, int64_t brick, floa
     return woke;
 }
 
-SS_DEVICE int32_t colour_of(const geodesic_task *g, int64_t brick) {
-    return (brick / g->along[2] / g->along[1] + brick / g->along[2] % g->along[1] +
-            brick % g->along[2]) %
-           2;
+SS_DEVICE int32_t colour_of(const geodesic_task *g, int32_t brick) {
+    const int32_t row = brick / g->along[2];
+    return (row / g->along[1] + row % g->along[1] + brick % g->along[2]) % 2;
 }
 
 /* Relaxes this block's bricks of one colour that are due; whether a brick was woken. Bricks are
  * dealt one by one, since those at work lie side by side. */
-SS_DEVICE int relax_colour(const geodesic_task *g, int64_t n, int32_t colour, int64_t rank,
-                           int64_t blocks, int32_t *list, uint32_t *listed, float *near) {
+SS_DEVICE int relax_colour(const geodesic_task *g, int64_t n, int32_t colour, int32_t rank,
+                           int32_t blocks, int32_t *list, uint32_t *listed, float *near) {
     int woke = 0;
-    for (int64_t base = rank; base < g->bricks; base += blocks * BRICK) {
-        const int64_t brick = base + blocks * threadIdx.x;
+    for (int32_t base = rank; base < g->bricks; base += blocks * BRICK) {
+        const int32_t brick = base + blocks * (int32_t)threadIdx.x;
         if (threadIdx.x == 0) {
             *listed = 0;
         }
         __syncthreads();
         if (brick < g->bricks && colour_of(g, brick) == colour && g->due[n * g->bricks + brick]) {
             g->due[n * g->bricks + brick] = 0;
-            list[atomicAdd(listed, 1u)] = (int32_t)threadIdx.x;
+            list[atomicAdd(listed, 1u)] = brick;
         }
         __syncthreads();
         const uint32_t count = *listed;
         for (uint32_t i = 0; i < count; ++i) {
-            woke |= relax_brick(g, n, base + blocks * list[i], near);
+            woke |= relax_brick(g, n, list[i], near);
         }
         __syncthreads();
     }
@@ -203,13 +204,15 @@ SS_KERNEL void __launch_bounds__(BRICK, 2) k_geodesic_relax(geodesic_task g, ss_
     SS_SHARED float near[HALO];
     SS_SHARED int32_t list[BRICK];
     SS_SHARED uint32_t listed;
-    const uint32_t number = blockIdx.x / share.blocks, rank = blockIdx.x % share.blocks;
+    const uint32_t number = blockIdx.x / share.blocks;
+    const int32_t rank = (int32_t)(blockIdx.x % share.blocks);
     geodesic_group *own = g.group + number;
     ss_group group = {&own->arrived, share.blocks, 0};
     uint32_t phase = 0;
     for (int64_t n = number; n < g.N; n += share.groups) {
         for (int64_t turn = 0;; ++turn) {
-            int woke = relax_colour(&g, n, turn % 2, rank, share.blocks, list, &listed, near);
+            int woke =
+                relax_colour(&g, n, turn % 2, rank, (int32_t)share.blocks, list, &listed, near);
             if (threadIdx.x == 0) {
                 if (woke) {
                     atomicOr(&own->woken[phase], 1u);
@@ -239,15 +242,16 @@ static geodesic_task geodesic_plan(ss_carve *w, const ss_geodesic_args *a) {
     g.N = s[0];
     g.classes = a->classes;
     g.volume = s[1] * s[2] * s[3];
-    g.bricks = 1;
+    int64_t bricks = 1;
     const int32_t flat[3] = {0, 4, 5}, thin[3] = {2, 3, 4}, cube[3] = {3, 3, 3};
     for (int32_t axis = 0; axis < 3; ++axis) {
-        g.size[axis] = s[axis + 1];
+        g.size[axis] = (int32_t)s[axis + 1];
         g.shift[axis] = s[1] == 1 ? flat[axis] : s[1] <= 4 ? thin[axis] : cube[axis];
         g.along[axis] = ((g.size[axis] - 1) >> g.shift[axis]) + 1;
-        g.bricks *= g.along[axis];
+        bricks *= s[axis + 1] < INT32_MAX - BRICK ? g.along[axis] : MOST_BRICKS;
         g.h2[axis] = 1.0f;
     }
+    g.bricks = bricks < MOST_BRICKS ? (int32_t)bricks : MOST_BRICKS;
     g.weight = (float)a->weight;
     g.group = ss_take<geodesic_group>(w, g.N);
     g.due = ss_take<uint32_t>(w, g.N * g.bricks);
@@ -271,6 +275,10 @@ static ss_status geodesic_check(ss_exec *x, const ss_geodesic_args *a, geodesic_
         return ss_cuda_fail(x, SS_INVALID,
                             "mask: expected %lld x %lld problems (images x classes), got %lld",
                             (long long)b, (long long)a->classes, (long long)g->N);
+    }
+    if (g->bricks == MOST_BRICKS) {
+        return ss_cuda_fail(x, SS_INVALID,
+                            "mask: expected at most 2^38 voxels, sides below 2^31, got more");
     }
     if (a->spacing.n != 0 && a->spacing.n != 3) {
         return ss_cuda_fail(x, SS_INVALID, "spacing: expected 3 numbers, got %lld",

@@ -18,7 +18,7 @@
  * memset and 2 kernels (random), 5 (RITM, 2-D) or 6 (RITM). Bytes per voxel: 1 per mask; RITM: 1
  * more per mask and 8 + 8 + 8 + 4 of distances (distance * 4 + kind in 32 bits). Workspace: 4 bytes
  * per CHUNK voxels; RITM: 8 per voxel. Sides up to 16384 for RITM. Numerics: integers, the same
- * voxels as on the CPU. Deterministic: atomics only for maxima and flags. registers <= 40
+ * voxels as on the CPU. Deterministic: atomics only for maxima and flags. registers <= 56
  */
 #include "block.cuh"
 

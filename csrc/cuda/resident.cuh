@@ -30,14 +30,11 @@ static inline ss_groups ss_share_out(unsigned fit, int64_t problems, int64_t mos
     return s;
 }
 
+/* How many blocks run at the same time at most; 1 where the GPU cannot promise it. */
 template <typename... P>
 static inline ss_status ss_resident_blocks(ss_exec *x, void (*kernel)(P...), int threads,
                                            unsigned *fit) {
-    *fit = 1;
-#if defined(SS_EMULATED)
-    (void)x, (void)kernel, (void)threads;
-#else
-    int device = 0, cooperative = 0, processors = 1, each = 1;
+    int device = 0, cooperative = 0, processors = 0, each = 0;
     SS_TRY(ss_cuda_check(x, cudaGetDevice(&device), "current device"));
     SS_TRY(ss_cuda_check(x,
                          cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device),
@@ -47,27 +44,28 @@ static inline ss_status ss_resident_blocks(ss_exec *x, void (*kernel)(P...), int
         "multiprocessors"));
     SS_TRY(ss_cuda_check(
         x, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0), "occupancy"));
-    *fit = cooperative && each > 0 ? (unsigned)(processors * each) : 1;
-#endif
+    *fit = cooperative && processors > 0 && each > 0 ? (unsigned)(processors * each) : 1;
     return SS_OK;
+}
+
+template <typename... P>
+static inline ss_status ss_launch_resident_exactly(ss_exec *x, const char *name,
+                                                   void (*kernel)(P...), unsigned blocks,
+                                                   unsigned threads, P... p) {
+    void *arguments[] = {static_cast<void *>(&p)..., nullptr};
+    return ss_cuda_check(x,
+                         cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads), arguments,
+                                                     0, (cudaStream_t)x->stream),
+                         name);
 }
 
 template <typename... P, typename... A>
 static inline ss_status ss_launch_resident(ss_exec *x, const char *name, void (*kernel)(P...),
                                            unsigned blocks, unsigned threads, A... a) {
-#if !defined(SS_EMULATED)
-    if (blocks > 1) {
-        return [&](P... p) {
-            void *arguments[] = {static_cast<void *>(&p)..., nullptr};
-            return ss_cuda_check(x,
-                                 cudaLaunchCooperativeKernel((const void *)kernel, dim3(blocks),
-                                                             dim3(threads), arguments, 0,
-                                                             (cudaStream_t)x->stream),
-                                 name);
-        }(static_cast<P>(a)...);
+    if (blocks == 1) { /* needs no promise */
+        return ss_launch(x, name, kernel, dim3(1), dim3(threads), 0, a...);
     }
-#endif
-    return ss_launch(x, name, kernel, dim3(blocks), dim3(threads), 0, a...);
+    return ss_launch_resident_exactly<P...>(x, name, kernel, blocks, threads, static_cast<P>(a)...);
 }
 
 typedef struct ss_group {
@@ -88,6 +86,7 @@ SS_DEVICE void ss_group_barrier(ss_group *g) {
             __threadfence();
             atomicAdd(g->arrived, 1u);
             while ((int32_t)(*(volatile uint32_t *)g->arrived - g->target) < 0) {
+                __nanosleep(20);
             }
             __threadfence();
         }

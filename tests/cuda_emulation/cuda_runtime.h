@@ -86,6 +86,10 @@ extern "C" {
 const char *cudaGetErrorString(cudaError_t error);
 cudaError_t ss_emulated_launch(dim3 grid, dim3 block, size_t shared, void (*run)(void *),
                                void *context);
+cudaError_t ss_emulated_cooperative(dim3 grid, dim3 block, size_t shared, void (*run)(void *),
+                                    void *context);
+int ss_emulated_attribute(int attribute);
+void ss_emulated_nap(void);
 void *ss_emulated_dynamic_shared(void);
 void ss_emulated_sync(int line);
 int ss_emulated_sync_count(int line, int predicate);
@@ -135,6 +139,31 @@ static inline cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3
     return ss_emulated_launch(grid, block, shared, ss_emulated_call<P...>::thread, &call);
 }
 
+/* Blocks of a cooperative launch run at the same time, each in a process of its own
+ * (emulation.cpp). */
+template <typename... P>
+static inline cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P...), dim3 grid, dim3 block,
+                                                      void **arguments, size_t shared,
+                                                      cudaStream_t) {
+    ss_emulated_call<P...> call = {kernel, arguments};
+    return ss_emulated_cooperative(grid, block, shared, ss_emulated_call<P...>::thread, &call);
+}
+typedef enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrCooperativeLaunch = 95
+} cudaDeviceAttr;
+static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    *value = ss_emulated_attribute(attribute);
+    return cudaSuccess;
+}
+template <typename... P>
+static inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void (*)(P...),
+                                                                        int, size_t) {
+    *blocks = 1;
+    return cudaSuccess;
+}
+#define __nanosleep(ns) ss_emulated_nap() /* what a thread does that waits for another block */
+
 /* ---- barriers and warp functions: the line tells which one, so that a mix-up shows -------------
  */
 
@@ -143,7 +172,7 @@ static inline cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3
 #define __syncthreads_or(predicate) (ss_emulated_sync_count(__LINE__, predicate) != 0)
 #define __syncthreads_and(predicate) (ss_emulated_sync_count(__LINE__, !(predicate)) == 0)
 #define __syncwarp(...) ((void)ss_emulated_ballot(__LINE__, 0xffffffffu, 0))
-#define __threadfence() ((void)0)
+#define __threadfence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 #define __threadfence_block() ((void)0)
 
 template <typename V> static inline uint64_t ss_emulated_bits(V v) {
@@ -200,14 +229,19 @@ static inline unsigned __activemask(void) {
     return 0xffffffffu;
 }
 
-/* ---- atomics: one thread runs at a time --------------------------------------------------------
+/* ---- atomics: one thread of a block runs at a time, but blocks may be processes -----------------
  */
 
+template <typename T, typename F> static inline T ss_emulated_atomic(T *p, F change) {
+    T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
+    while (!__atomic_compare_exchange_n(p, &old, change(old), false, __ATOMIC_SEQ_CST,
+                                        __ATOMIC_SEQ_CST)) {
+    }
+    return old;
+}
 #define SS_ATOMIC(f, T, expression)                                                                \
     static inline T f(T *p, T v) {                                                                 \
-        T old = *p;                                                                                \
-        *p = (expression);                                                                         \
-        return old;                                                                                \
+        return ss_emulated_atomic(p, [=](T old) { return static_cast<T>(expression); });           \
     }
 #define SS_ATOMICS(T)                                                                              \
     SS_ATOMIC(atomicAdd, T, old + v)                                                               \
@@ -216,11 +250,9 @@ static inline unsigned __activemask(void) {
     SS_ATOMIC(atomicAnd, T, old &v)                                                                \
     SS_ATOMIC(atomicOr, T, old | v)                                                                \
     SS_ATOMIC(atomicXor, T, old ^ v)                                                               \
-    SS_ATOMIC(atomicExch, T, v)                                                                    \
+    SS_ATOMIC(atomicExch, T, ((void)old, v))                                                       \
     static inline T atomicCAS(T *p, T expected, T v) {                                             \
-        T old = *p;                                                                                \
-        *p = old == expected ? v : old;                                                            \
-        return old;                                                                                \
+        return ss_emulated_atomic(p, [=](T old) { return old == expected ? v : old; });            \
     }
 SS_ATOMICS(int)
 SS_ATOMICS(unsigned)

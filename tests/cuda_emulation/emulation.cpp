@@ -6,16 +6,21 @@
  * A fiber runs thread after thread until one has to wait, which costs nothing where no thread ever
  * waits; then the next fiber goes on. Waiting threads resume in the order in which they became
  * ready, so that runs repeat exactly; ss_emulated_reverse(1) starts blocks and threads in the
- * opposite order, and whatever gives other bits then had depended on the order. One launch at a
+ * opposite order, and whatever gives other bits then had depended on the order. Blocks of a
+ * cooperative launch are processes, as many as ss_emulated_processors says. One launch at a
  * time per process.
  */
 #include "cuda_runtime.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
 #if !defined(__x86_64__) && !defined(__aarch64__)
 #include <ucontext.h>
 #endif
@@ -23,8 +28,9 @@
 #define MAX_THREADS 1024
 #define STACK (64 << 10)
 #define PAGE 4096
-#define POISON_BYTES (16 << 20) /* per launch: as many blocks as that pays for start with garbage  \
-                                 */
+#define POISON_BYTES                                                                               \
+    (16 << 20) /* per launch: as many blocks as that pays for start with garbage                   \
+                */
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -104,14 +110,19 @@ static struct {
     void (*run)(void *);
     void *context;
     int reverse, failed;
+    unsigned first; /* block; not 0 in the processes of a cooperative launch */
+    clock_t began;
     char error[256];
     alignas(16) char dynamic_shared[49152];
 } e;
+
+static int processors = 1; /* how many blocks of a cooperative launch fit */
 
 extern "C" {
 extern char ss_shared_begin[] __asm__("__start_ss_shared") __attribute__((weak));
 extern char ss_shared_end[] __asm__("__stop_ss_shared") __attribute__((weak));
 __attribute__((visibility("default"))) void ss_emulated_reverse(int reverse);
+__attribute__((visibility("default"))) void ss_emulated_processors(int n);
 }
 
 void ss_emulated_reverse(int reverse) {
@@ -341,9 +352,11 @@ static cudaError_t refuse_launch(dim3 grid, dim3 block, size_t shared) {
     return cudaSuccess;
 }
 
-static cudaError_t run_grid(dim3 grid, dim3 block, size_t shared) {
+static cudaError_t run_together(dim3 grid, dim3 block, size_t shared);
+
+/* Runs `blocks` of the grid's blocks, from e.first on. */
+static cudaError_t run_grid(dim3 grid, dim3 block, size_t shared, uint64_t blocks) {
     const size_t fixed = ss_shared_begin ? (size_t)(ss_shared_end - ss_shared_begin) : 0;
-    const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
     uint64_t poison = 1 + POISON_BYTES / (fixed + shared + 1);
     blockDim = block;
     gridDim = grid;
@@ -352,7 +365,7 @@ static cudaError_t run_grid(dim3 grid, dim3 block, size_t shared) {
             memset(ss_shared_begin, 0xff, fixed);
             memset(e.dynamic_shared, 0xff, shared);
         }
-        uint64_t b = e.reverse ? blocks - 1 - i : i;
+        uint64_t b = e.first + (e.reverse ? blocks - 1 - i : i);
         blockIdx.x = (unsigned)(b % grid.x);
         blockIdx.y = (unsigned)(b / grid.x % grid.y);
         blockIdx.z = (unsigned)(b / grid.x / grid.y);
@@ -363,8 +376,8 @@ static cudaError_t run_grid(dim3 grid, dim3 block, size_t shared) {
     return cudaSuccess;
 }
 
-cudaError_t ss_emulated_launch(dim3 grid, dim3 block, size_t shared, void (*run)(void *),
-                               void *context) {
+static cudaError_t launch(dim3 grid, dim3 block, size_t shared, void (*run)(void *), void *context,
+                          int together) {
     pthread_mutex_lock(&lock);
     cudaError_t error = refuse_launch(grid, block, shared);
     if (error == cudaSuccess && !e.stacks && !start_fibers()) {
@@ -374,8 +387,79 @@ cudaError_t ss_emulated_launch(dim3 grid, dim3 block, size_t shared, void (*run)
     if (error == cudaSuccess) {
         e.run = run;
         e.context = context;
-        error = run_grid(grid, block, shared);
+        e.first = 0;
+        e.began = clock();
+        error = together ? run_together(grid, block, shared)
+                         : run_grid(grid, block, shared, (uint64_t)grid.x * grid.y * grid.z);
     }
     pthread_mutex_unlock(&lock);
     return error;
+}
+
+cudaError_t ss_emulated_launch(dim3 grid, dim3 block, size_t shared, void (*run)(void *),
+                               void *context) {
+    return launch(grid, block, shared, run, context, 0);
+}
+
+/* ---- blocks that wait for each other ------------------------------------------------------------
+ */
+
+#define MOST_BLOCKS 16
+#define PATIENCE 20 /* seconds of CPU time */
+
+void ss_emulated_processors(int n) {
+    pthread_mutex_lock(&lock);
+    processors = n;
+    pthread_mutex_unlock(&lock);
+}
+
+int ss_emulated_attribute(int attribute) {
+    return attribute == cudaDevAttrMultiProcessorCount ? processors : 1;
+}
+
+void ss_emulated_nap(void) {
+    if (clock() - e.began > (clock_t)PATIENCE * CLOCKS_PER_SEC) {
+        fail("block (%u, %u, %u): waits for blocks that do not come", blockIdx.x, blockIdx.y,
+             blockIdx.z);
+    }
+    sched_yield();
+}
+
+/* One block in a process of its own, where shared memory and fibers are its own, too; what the
+ * blocks have in common must lie in memory that processes share. */
+static cudaError_t run_together(dim3 grid, dim3 block, size_t shared) {
+    pid_t child[MOST_BLOCKS];
+    unsigned started = 1;
+    int broken = 0;
+    for (; started < grid.x; ++started) {
+        child[started] = fork();
+        if (child[started] == 0) {
+            e.first = started;
+            _exit(run_grid(grid, block, shared, 1) != cudaSuccess);
+        }
+        if (child[started] < 0) {
+            break; /* block 0 will run out of patience */
+        }
+    }
+    cudaError_t error = run_grid(grid, block, shared, 1);
+    for (unsigned i = 1; i < started; ++i) {
+        int status = 1;
+        broken |= waitpid(child[i], &status, 0) < 0 || status != 0;
+    }
+    if (error == cudaSuccess && broken) {
+        snprintf(e.error, sizeof e.error, "a block of a cooperative launch failed");
+        error = cudaErrorLaunchFailure;
+    }
+    return error;
+}
+
+cudaError_t ss_emulated_cooperative(dim3 grid, dim3 block, size_t shared, void (*run)(void *),
+                                    void *context) {
+    if (grid.x > (unsigned)processors || grid.x > MOST_BLOCKS || grid.y != 1 || grid.z != 1) {
+        snprintf(e.error, sizeof e.error,
+                 "a cooperative launch of %u x %u x %u blocks does not fit", grid.x, grid.y,
+                 grid.z);
+        return cudaErrorInvalidConfiguration;
+    }
+    return launch(grid, block, shared, run, context, 1);
 }
