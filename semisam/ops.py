@@ -197,7 +197,7 @@ def load_cuda() -> str:
     try:
         _core.load_backend(CUDA_LIBRARY)
     except ImportError as e:
-        return str(e).removeprefix(f"{CUDA_LIBRARY}: ")
+        return str(e).removeprefix(f"load_backend(): {CUDA_LIBRARY}: ")
     return ""
 
 

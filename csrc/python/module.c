@@ -6,6 +6,8 @@
 #define SS_IMPORTS_NUMPY
 #include "binding.h"
 
+#include <string.h>
+
 #if defined(_WIN32)
 #define SS_HAS_DLOPEN 0
 #else
@@ -108,7 +110,7 @@ static PyObject *load_backend(PyObject *module, PyObject *path) {
     char error[512] = "gave no reason";
     const ss_backend *backend = open_backend(PyBytes_AsString(bytes), error, sizeof error);
     if (!backend || ss_add_backend(backend, error, sizeof error) != SS_OK) {
-        PyErr_Format(PyExc_ImportError, "%S: %s", path, error);
+        PyErr_Format(PyExc_ImportError, "%s(): %S: %s", "load_backend", path, error);
         Py_DECREF(bytes);
         return NULL;
     }
