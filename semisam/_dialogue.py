@@ -77,8 +77,8 @@ class Slot:
         state = self.generalist.encode(request.images, spacing=request.spacing)
         seconds = time.perf_counter() - began
         dialogue = _Dialogue(self, request, settings, state)
-        answer = torch.full(target.shape, -_SURE, device=target.device)
-        answered, active, low = torch.zeros_like(skip), ~skip, None
+        answer = low = None
+        answered, active = torch.zeros_like(skip), ~skip
         made = Answers([], [0] * len(skip), dialogue.clicks)
         done = torch.zeros(len(skip), dtype=torch.int64, device=skip.device)
         for k in range(settings["clicks"] if "points" in MODES[self.mode] else 1):
@@ -89,12 +89,11 @@ class Slot:
             decoded = self.generalist.decode(state, dialogue.sent(request.images.device), active)
             seconds += time.perf_counter() - began
             logits = self._checked(decoded.logits, target).to(target.device, torch.float32)
-            good = active & logits.flatten(2).isfinite().all(2)
+            good = active & _finite(logits)
             made.failed += int((active & ~good).sum())
             active, answered, done = good, answered | good, done + good.any(1)
-            answer = torch.where(_over(good, logits), logits, answer)
-            given = decoded.low_res.to(target.device)
-            low = torch.where(_over(good, given), given, torch.zeros_like(given) if low is None else low)
+            answer = _renewed(good, logits, answer, -_SURE)
+            low = _renewed(good, decoded.low_res.to(target.device), low, 0.0)
             made.rounds.append(answer)
             for name, value in (decoded.info or {}).items():
                 made.info[name] = made.info.get(name, 0) + value
@@ -132,6 +131,7 @@ class _Dialogue:
         self.takes = slot.generalist.spec.prompts
         self.batch = prompts.PromptBatch.empty(len(target), target.shape[1], target.shape[2:], target)
         self.clicks = self.batch
+        self.current: Any = None  # the mask so far, in the same memory in every round
         if "box" in self.takes and (settings["box"] or slot.mode == "box"):
             box, _ = prompts.boxes(target, settings["box_margin"])
             self.batch = replace(self.batch, boxes=box)
@@ -144,9 +144,11 @@ class _Dialogue:
             self.batch = replace(self.batch, mask_logits=self._mask())
             return active
         s, (target, region, _) = self.settings, self.request.targets
+        if answer is not None:
+            self.current = torch.gt(answer, 0, out=self.current)
         point, label = prompts.next_click(
             target,
-            answer > 0,
+            self.current,
             region,
             # Generalists draw independently: one that has erred alike must not get the same clicks.
             seed=(int(s["seed"]) + self.slot.number * 0x9E3779B97F4A7C15) % 2**64,
@@ -197,8 +199,28 @@ def largest(request: Request) -> Answers:
 
 
 def joined(logits: Any) -> Any:
-    """One-vs-rest logits [B, F, *S] as logits of all classes: (0, l_1, ..., l_F)."""
+    """One-vs-rest logits [B, F, *S] as `fuse` takes them: of all classes, (0, l_1, ..., l_F), or as they are
+    if there is one foreground class.
+    """
+    if logits.shape[1] == 1:
+        return logits
     return torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
+
+
+def _finite(logits: Any) -> Any:
+    """Flags [B, F] of the rows without NaN and infinity."""
+    rows = logits.flatten(2)
+    good = rows.sum(2).isfinite()  # one pass: whatever is not finite stays so in a sum
+    if bool(good.all()):
+        return good
+    return good | rows.isfinite().all(2)  # a sum may also overflow
+
+
+def _renewed(rows: Any, new: Any, old: Any, otherwise: float) -> Any:
+    """`new` [B, F, *any] in the rows [B, F], `old` (None: `otherwise`) in the others."""
+    if bool(rows.all()):
+        return new
+    return torch.where(_over(rows, new), new, torch.full_like(new, otherwise) if old is None else old)
 
 
 def _over(rows: Any, array: Any) -> Any:

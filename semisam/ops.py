@@ -310,14 +310,26 @@ def _torch_kernel(op: str, torch: Any) -> Any:
         device = _device(inputs, torch)
         outputs = []
         for shape, dtype in output_specs(op, inputs):
-            out = torch.empty(shape, dtype=dtypes[dtype], device=device)
-            if device.type == "cpu" and out.nbytes >= _HUGE:
-                _core.advise_huge(out)
-            outputs.append(out)
+            outputs.append(empty(shape, dtypes[dtype], device))
         _raw(op, inputs, outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return kernel
+
+
+def empty(shape: Sequence[int], dtype: Any, device: Any) -> Any:
+    """Return a torch tensor without values; a large one on the CPU lies in huge pages.
+
+    >>> import torch
+    >>> from semisam import ops
+    >>> ops.empty((2, 3), torch.float32, torch.device("cpu")).shape
+    torch.Size([2, 3])
+    """
+    torch: Any = sys.modules["torch"]
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and out.nbytes >= _HUGE:
+        _core.advise_huge(out.flatten())  # it takes few dimensions
+    return out
 
 
 def _torch_fake(op: str, torch: Any) -> Any:

@@ -86,6 +86,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+_PIECE = 1 << 16  # voxels that are looked at together
+
+
 class LastCall(NamedTuple):
     """What the last call made, for pictures; voxels of samples that were left out have weight 0."""
 
@@ -363,13 +366,10 @@ class SemiSAMTerm:
             label=s["label_rounds"],
             doubt=s["doubt_rounds"],
         )
-        every = [joined(r) for r in sources]
-        if teacher:
-            every.append(request.prob.clamp_min(1e-12).log())
-        counts = [i for i in range(len(every)) if r_lab[i].any() or r_unc[i].any()]
+        counts = [i for i in range(len(r_lab)) if r_lab[i].any() or r_unc[i].any()]
         soft = s["target"] == "soft"
         fused = fusion.fuse(
-            [every[i] for i in counts],
+            [joined(sources[i]) if i < len(sources) else _teacher_logits(request.prob) for i in counts],
             r_lab[counts],
             r_unc[counts],
             unc=s["unc"],
@@ -378,19 +378,21 @@ class SemiSAMTerm:
             tau_c=None if soft else s["tau_c"],
             tau_u=s["tau_u"] if s["weight"] == "gate" or not soft else None,
             logits=True,
+            two_channels=soft and request.prob.shape[1] == 2,
             want=("label", "uncertainty", "weight", *(("mean",) if soft else ())),
         )
         taught = torch.from_numpy(r_lab.sum(0) > 0).to(request.prob.device)
         agreement = fusion.agreement(fused.label, request.targets.target, request.prob.shape[1])
         kept = taught & (agreement >= s["sample_gate"])
-        shape = (-1, *(1,) * (fused.weight.ndim - 1))
-        weight = fused.weight * kept.reshape(shape)
-        share = weight.flatten(1).mean(1, dtype=torch.float64)
+        weight = fused.weight  # ours alone, so samples may be taken out in place
+        for n in (~kept).nonzero()[:, 0].tolist():
+            weight[n].zero_()
+        share = _means(weight)
         count = int(taught.sum())
         d["weight_share"] = share.tolist()
         d["skipped"] = int((share < s["min_weight"]).sum())
         d["agreement"] = float(agreement[taught].mean()) if count else None
-        d["mean_u"] = float(fused.uncertainty[taught].mean(dtype=torch.float64)) if count else None
+        d["mean_u"] = float(_means(fused.uncertainty)[taught].mean()) if count else None
         return LastCall(
             request.images,
             request.prob,
@@ -601,13 +603,38 @@ def _check_probabilities(who: str, name: str, prob: Any) -> None:
     """A distribution over classes, up to the rounding of half precision."""
     if not prob.numel():
         return
-    off = float((prob.sum(1) - 1).abs().amax())
-    low = float(prob.amin())
+    # On the CPU piece by piece, in its caches: a map of the sums costs several times as much.
+    least, most, lows = [], [], []
+    for sample in prob.flatten(2):
+        for piece in sample.split(_PIECE if prob.device.type == "cpu" else sample.shape[1], 1):
+            sums = piece.sum(0).aminmax()
+            least.append(sums.min)
+            most.append(sums.max)
+            lows.append(piece.amin())
+    off = float(torch.stack([1 - torch.stack(least).amin(), torch.stack(most).amax() - 1]).amax())
+    low = float(torch.stack(lows).amin())
     if not (off <= 0.02 and low >= -0.02):  # NaN is not
         raise ValueError(
             f"{who}(): {name}: expected probabilities that sum to 1 over the classes (a softmax, not "
             f"logits), got a minimum of {low:.3g} and sums that are off by {off:.3g}"
         )
+
+
+def _teacher_logits(prob: Any) -> Any:
+    """Probabilities [B, C, *S] as logits for `fuse`; for two classes the foreground's alone, [B, 1, *S].
+
+    The cut at 1e-7 is that of a float32 softmax's own rounding.
+    """
+    if prob.shape[1] > 2:
+        return prob.clamp_min(1e-12).log()
+    foreground = prob[:, 1:]
+    made = ops.empty(foreground.shape, foreground.dtype, foreground.device)
+    return torch.logit(foreground, 1e-7, out=made)
+
+
+def _means(maps: Any) -> Any:
+    """Mean of each sample [B, *S], float64: lines in float32 (some 1e-7), without a copy of the map."""
+    return maps.mean(-1).double().flatten(1).mean(1)
 
 
 def _home(device: Any) -> Any:

@@ -21,6 +21,7 @@ from semisam.prompts import PromptBatch
 __all__ = ["CubeState", "SamMed3D", "SamMed3DTurbo", "SegAnyPET"]
 
 _UNASKED = -10.0  # the logit of rows that were not asked for
+_PIECE = 1 << 16  # voxels of an image that are converted together, within the caches
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -127,7 +128,8 @@ class SamMed3D:
         resampled = self._resampled(shape, spacing)
         channels = images.float().flatten(0, 1)[:, None]
         cube = self._standardised(_resize(channels, resampled))
-        cube = cube.reshape(*images.shape[:2], *cube.shape[1:]).mean(1)
+        if images.shape[1] > 1:
+            cube = cube.reshape(*images.shape[:2], *cube.shape[1:]).mean(1)
         with self._at(images.device):
             return CubeState(self.network.embed(cube), shape, resampled)
 
@@ -151,8 +153,11 @@ class SamMed3D:
             with self._at(low.device):
                 made, _ = self.network.decode(state.features[index // classes], points, labels, masks)
             low[index] = made[:, 0].float()
-        logits = torch.full((len(low), *state.shape), _UNASKED, device=low.device)
-        logits[rows] = self._to_patch(low[rows][:, None], state)[:, 0]
+        if bool(rows.all()):
+            logits = self._to_patch(low[:, None], state)
+        else:
+            logits = torch.full((len(low), *state.shape), _UNASKED, device=low.device)
+            logits[rows] = self._to_patch(low[rows][:, None], state)[:, 0]
         head = (batch, classes)
         return Decoded(logits.reshape(*head, *state.shape), low.reshape(*head, *self._mask_size))
 
@@ -198,14 +203,11 @@ class SamMed3D:
         if self.background is not None:
             low = torch.full_like(low, self.background)
         cube = self._into_cube(x, low)
-        inside = cube > low
-        over: dict[str, Any] = {"dim": (1, 2, 3, 4), "keepdim": True, "dtype": torch.float64}
-        n = inside.sum(**over)
-        mean = torch.where(inside, cube, 0).sum(**over) / n.clamp_min(1)
-        squares = torch.where(inside, cube - mean, 0).square().sum(**over)
+        n, mean, squares = _moments(cube.flatten(1), low.reshape(-1, 1))
         deviation = (squares / (n - 1).clamp_min(1)).sqrt()
-        deviation = torch.where(deviation > 0, deviation, 1)
-        return ((cube - torch.where(n > 0, mean, low.double())) / deviation).float()
+        deviation = torch.where(deviation > 0, deviation, 1).float().reshape(low.shape)
+        mean = torch.where(n > 0, mean, low.reshape(-1).double()).float().reshape(low.shape)
+        return (cube - mean).div_(deviation)
 
     def _to_patch(self, low: Tensor, state: CubeState) -> Tensor:
         """Logits [N, 1, *mask_size] of the cube on the patch's grid."""
@@ -303,7 +305,33 @@ class SegAnyPET(SamMed3D):
 def _resize(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(x.shape[2:]) == tuple(shape):
         return x
+    if x.device.type == "cpu":  # where the memory is had matters more than the arithmetic
+        made = ops.empty((*x.shape[:2], *shape), x.dtype, x.device)
+        resized: Tensor = torch.ops.aten.upsample_trilinear3d.out(x, shape, False, None, None, None, out=made)
+        return resized
     return F.interpolate(x, shape, mode="trilinear", align_corners=False)
+
+
+def _moments(rows: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number, mean and sum of squared deviations of what is above `low` [N, 1] in `rows` [N, V], float64.
+
+    Piece by piece: n, m and q of two pieces are, with d = m2 - m1, those of both together by
+
+        n = n1 + n2,   m = m1 + d n2 / n,   q = q1 + q2 + d^2 n1 n2 / n
+    """
+    n, mean, squares = rows.new_zeros(3, len(rows), dtype=torch.float64).unbind()
+    for piece in torch.split(rows, _PIECE if rows.device.type == "cpu" else rows.shape[1], 1):
+        inside = piece > low
+        values = piece.double()
+        count = inside.sum(1)
+        values.mul_(inside)
+        own = values.sum(1) / count.clamp_min(1)
+        values.sub_(own[:, None]).mul_(inside)
+        apart, whole = own - mean, (n + count).clamp_min(1)
+        squares = squares + values.square_().sum(1) + apart**2 * n * count / whole
+        mean = mean + apart * count / whole
+        n = n + count
+    return n, mean, squares
 
 
 def _place(shape: tuple[int, ...], side: int) -> tuple[slice, ...]:
