@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,7 +46,7 @@ class Answers:
     rounds: list[Any]
     done: list[int]
     clicks: prompts.PromptBatch
-    failed: int = 0
+    failed: dict[str, int] = field(default_factory=dict)  # what was wrong: rows
     seconds: float = 0.0
     info: dict[str, float] = field(default_factory=dict)
     score: float = 1.0
@@ -62,17 +61,28 @@ class Slot:
     mode: str
     number: int
 
-    def ask(self, request: Request, settings: Mapping[str, Any]) -> Answers:
-        """All rounds; a row that has converged or failed keeps its last answer and is not asked again."""
-        spec = self.generalist.spec
-        space = tuple(request.prob.shape[2:])
-        if len(space) not in spec.spatial_dims:
+    def check(self, space: tuple[int, ...], classes: int) -> None:
+        """Raise ValueError for images and numbers of foreground classes that the generalist cannot take."""
+        spec, who = self.generalist.spec, "SemiSAMTerm(): generalist: "
+        if len(space) not in spec.spatial_dims and not (spec.slice_wise and len(space) == 3):
             wanted = " or ".join(f"{n}-D" for n in spec.spatial_dims)
             raise ValueError(
-                f"SemiSAMTerm(): generalist: {self.name} takes {wanted} images, got {len(space)}-D ones of "
-                f"shape {space}; choose another generalist"
+                f"{who}{self.name} takes {wanted} images, got {len(space)}-D ones of shape {space}; choose "
+                "another generalist"
             )
+        if spec.max_classes is not None and classes > spec.max_classes:
+            raise ValueError(
+                f"{who}{self.name} takes prompts for {spec.max_classes} foreground classes at most, got "
+                f"{classes}; choose another generalist, or give it more"
+            )
+
+    def ask(self, request: Request, settings: Mapping[str, Any]) -> Answers:
+        """All rounds; a row that has converged or failed keeps its last answer and is not asked again."""
         target, _, skip = request.targets
+        self.check(tuple(target.shape[2:]), target.shape[1])
+        if bool(skip.all()):
+            nothing = prompts.PromptBatch.empty(len(target), target.shape[1], target.shape[2:], target)
+            return Answers([], [0] * len(skip), nothing)
         began = time.perf_counter()
         state = self.generalist.encode(request.images, spacing=request.spacing)
         seconds = time.perf_counter() - began
@@ -87,10 +97,11 @@ class Slot:
                 break
             began = time.perf_counter()
             decoded = self.generalist.decode(state, dialogue.sent(request.images.device), active)
+            logits = decoded.logits.to(target.device, torch.float32)  # waits for a GPU
             seconds += time.perf_counter() - began
-            logits = self._checked(decoded.logits, target).to(target.device, torch.float32)
-            good = active & logits.flatten(2).isfinite().all(2)
-            made.failed += int((active & ~good).sum())
+            good = active & _usable(logits, target, active, made.failed)
+            if not bool(good.any()):
+                break
             active, answered, done = good, answered | good, done + good.any(1)
             answer = torch.where(_over(good, logits), logits, answer)
             given = decoded.low_res.to(target.device)
@@ -99,13 +110,6 @@ class Slot:
             for name, value in (decoded.info or {}).items():
                 made.info[name] = made.info.get(name, 0) + value
         done = done * (answered | skip).all(1)
-        if made.failed:
-            warnings.warn(
-                f"SemiSAMTerm(): {self.name}: {made.failed} answers are not finite at step {request.step}; "
-                "a sample without an earlier answer is left out",
-                RuntimeWarning,
-                stacklevel=2,
-            )
         if self.mode == "point":
             made.rounds, done = made.rounds[-1:], done.clamp_max(1)
         # Rounds beyond those of every sample that counts have no weight in the fusion, and no place.
@@ -114,13 +118,20 @@ class Slot:
         made.clicks, made.seconds = dialogue.clicks, seconds
         return made
 
-    def _checked(self, logits: Any, target: Any) -> Any:
-        if tuple(logits.shape) != tuple(target.shape):
-            raise ValueError(
-                f"SemiSAMTerm(): generalist: expected logits {tuple(target.shape)} from {self.name}, "
-                f"got {tuple(logits.shape)}"
-            )
-        return logits
+
+def _usable(logits: Any, target: Any, active: Any, failed: dict[str, int]) -> Any:
+    """Rows [B, F] that say something; those asked for that do not are counted, by what is wrong."""
+    if tuple(logits.shape) != tuple(target.shape):
+        what = f"have shape {tuple(logits.shape)}, expected {tuple(target.shape)}"
+        failed[what] = failed.get(what, 0) + int(active.sum())
+        return torch.zeros_like(active)
+    rows = logits.flatten(2)
+    finite = rows.isfinite().all(2)
+    varied = ~finite | (rows != rows[:, :, :1]).any(2)
+    for what, right in (("are not finite", finite), ("are the same in every voxel", varied)):
+        if count := int((active & ~right).sum()):
+            failed[what] = failed.get(what, 0) + count
+    return finite & varied
 
 
 class _Dialogue:
