@@ -66,6 +66,8 @@ class Slot:
         """All rounds; a row that has converged or failed keeps its last answer and is not asked again."""
         spec = self.generalist.spec
         space = tuple(request.prob.shape[2:])
+        if len(space) == 3 and 3 not in spec.spatial_dims and spec.slice_axis is not None:
+            return _slice_by_slice(self, request, settings, spec.slice_axis)
         if len(space) not in spec.spatial_dims:
             wanted = " or ".join(f"{n}-D" for n in spec.spatial_dims)
             raise ValueError(
@@ -121,6 +123,67 @@ class Slot:
                 f"got {tuple(logits.shape)}"
             )
         return logits
+
+
+def _slice_by_slice(slot: Slot, request: Request, settings: Mapping[str, Any], axis: int) -> Answers:
+    """Ask a 2-D generalist about volumes [B, *, D, H, W]: every slice along `axis` is an image of its own.
+
+    Asked are the slices in which the target of a class has a voxel; each has the prompts that the mode makes
+    of that slice: its own clicks, mask prompt and box. All slices of all samples are one batch. A slice
+    that is not asked is background, and a sample's rounds are those of its slice with the most.
+    """
+    volumes = request.targets
+    batch, f = volumes.target.shape[:2]
+    depth = volumes.target.shape[2 + axis]
+
+    def cut(a: Any) -> Any:
+        return a.movedim(2 + axis, 1).flatten(0, 1)
+
+    target = cut(volumes.target)
+    skip = volumes.skip.repeat_interleave(depth, 0) | ~target.flatten(2).any(2)
+    kept = (~skip).any(1).nonzero()[:, 0]
+    spacing = None
+    if request.spacing is not None:
+        spacing = tuple(s for i, s in enumerate(request.spacing) if i != axis)
+    one = Request(
+        cut(request.images)[kept.to(request.images.device)],
+        cut(request.prob)[kept],
+        prompts.SpecialistTargets(target[kept], cut(volumes.region)[kept], skip[kept]),
+        request.step,
+        # Words of 32 bits, different for the slices of one step unless ids are larger than any data set.
+        [(request.ids[i // depth] * depth + i % depth) % 2**32 for i in kept.tolist()],
+        spacing,
+    )
+    if not len(kept):
+        empty = prompts.PromptBatch.empty(batch, f, volumes.target.shape[2:], volumes.target)
+        return Answers([], [0] * batch, empty)
+    made = slot.ask(one, settings)
+
+    def joined_again(values: Any, otherwise: float) -> Any:
+        every = torch.full((batch * depth, *values.shape[1:]), otherwise, dtype=values.dtype)
+        every = every.to(values.device)
+        every[kept] = values
+        return every.reshape(batch, depth, *values.shape[1:])
+
+    made.rounds = [joined_again(r, -_SURE).movedim(1, 2 + axis).contiguous() for r in made.rounds]
+    done = torch.tensor(made.done)
+    # The largest; 0 if a slice has no answer, for its part of the target is not background.
+    rounds = joined_again(torch.where(done > 0, done, torch.iinfo(torch.int32).min).to(kept.device), 0)
+    failed = (rounds < 0).any(1)
+    made.done = torch.where(failed, 0, rounds.amax(1)).tolist()
+    made.clicks = _clicks_of_slices(made.clicks, kept, axis, volumes.target.shape, joined_again)
+    return made
+
+
+def _clicks_of_slices(clicks: Any, kept: Any, axis: int, shape: Any, joined_again: Any) -> Any:
+    """Clicks [M, F, K, 2] on slices as clicks [B, F, D K, 3] on volumes."""
+    batch, f, depth = shape[0], shape[1], shape[2 + axis]
+    place = (kept % depth).reshape(-1, 1, 1, 1).expand(*clicks.points.shape[:3], 1)
+    points = torch.cat([clicks.points[..., :axis], place, clicks.points[..., axis:]], -1)
+    points, labels = joined_again(points, 0).transpose(1, 2), joined_again(clicks.labels, -1).transpose(1, 2)
+    return prompts.PromptBatch(
+        tuple(shape[2:]), points.reshape(batch, f, -1, 3), labels.reshape(batch, f, -1)
+    )
 
 
 class _Dialogue:
