@@ -103,7 +103,7 @@ class Sam:
         multimask: bool = False,
         precision: str = "auto",
         encode_batch: int = 4,
-        decode_batch: int = 32,
+        decode_batch: int = 16,
         download: bool = False,
         revision: str | None = None,
     ) -> None:
