@@ -17,7 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from semisam import SemiSAMTerm, generalists, prompts
-from semisam.engine import config
+from semisam.engine import config, record, trainer
+from semisam.engine.phantom import write_phantoms
 from semisam.engine.setup import build_term
 from semisam.generalists.hf_sam import MedSam, Sam, Sam2, Sam3
 from semisam.prompts import PromptBatch
@@ -772,6 +773,22 @@ def test_the_command_line_takes_a_folder(folders):
         config.ConfigError, match=r"term.generalists: Sam2\(\): checkpoint: expected model_type"
     ):
         build_term(config.load(settings=wrong))
+
+
+def test_a_training_from_files(folders, tmp_path):
+    """A whole run on volumes, slice by slice: gate, teaching, and the folder's files in the record."""
+    data = write_phantoms(tmp_path / "data", labeled=3, unlabeled=2, test=0, shape=(20, 20, 20))
+    sizes = {"train.patch_size": [16, 16, 16], "train.steps": 2, "term.gate_steps": 1, "term.gate_every": 2}
+    settings = {"data.root": str(data), "data.labeled": 2, "data.validation": 1, **sizes}
+    settings |= {"specialist.options": {"channels": [4, 8]}, "train.device": "cpu", "train.log_every": 1}
+    settings |= {"term.generalists": ["sam"], "term.options.clicks": 2, "term.options.warmup": 0.0}
+    settings["term.generalist_options.sam.checkpoint"] = str(folders / "sam")
+    trainer.train(config.load(settings=list(settings.items())), tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "run.json").read_text())["generalist_weights"]["sam"]
+    assert written["path"] == str(folders / "sam")
+    assert sorted(written["sha256"]) == ["config.json", "model.safetensors"]
+    assert written["sha256"]["config.json"] == record.sha256(folders / "sam" / "config.json")
+    assert ",sam," in (tmp_path / "run" / "gate.csv").read_text()
 
 
 def test_the_mask_prompt_of_the_term_is_the_specialists(monkeypatch):

@@ -27,6 +27,7 @@ __all__ = ["MedSam", "Sam", "Sam2", "Sam3", "SquareState"]
 _UNASKED = -10.0  # the logit of rows that were not asked for
 _DARK, _BRIGHT = 0.005, 0.995  # shares of an image's values that become black and white
 _FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_READ = r"^config\.json$|\.safetensors$|^pytorch_model.*\.bin$"
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -123,10 +124,12 @@ class Sam:
                 raise ValueError(f"{who}(): {name}: expected at least 1, got {count}")
         if window is not None and (len(window) != 2 or not window[0] < window[1]):
             raise ValueError(f"{who}(): window: expected (low, high) with low < high, got {window}")
+        self.files: tuple[Path, ...] = ()  # what the weights came from
         if checkpoint is not None:
             library = _transformers(self.model_class, who)
             folder = _folder(checkpoint, who, self.repository, download=download, revision=revision)
             model = _load(library, self.model_class, self.model_types, folder, who)
+            self.files = tuple(sorted(f for f in folder.iterdir() if re.search(_READ, f.name)))
         found = type(model).__name__
         if found != self.model_class:
             raise ValueError(f"{who}(): model: expected a {self.model_class} of transformers, got {found}")
