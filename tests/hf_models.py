@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 WIDTH = 32
-DECODER = {"hidden_size": WIDTH, "mlp_dim": 64, "num_attention_heads": 4, "iou_head_hidden_dim": WIDTH}
+DECODER = {"hidden_size": WIDTH, "mlp_dim": 64, "num_attention_heads": 8, "iou_head_hidden_dim": WIDTH}
 MAPS = [[16, 16], [8, 8], [4, 4]]  # of SAM 2 and 3: of a square in 4 x 4 patches
 
 

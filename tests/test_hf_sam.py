@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import sys
@@ -20,6 +21,7 @@ from semisam import SemiSAMTerm, generalists, prompts
 from semisam.engine import config, record, trainer
 from semisam.engine.phantom import write_phantoms
 from semisam.engine.setup import build_term
+from semisam.generalists import sam_names
 from semisam.generalists.hf_sam import MedSam, Sam, Sam2, Sam3
 from semisam.prompts import PromptBatch
 
@@ -565,6 +567,10 @@ def test_other_folders_and_files_are_refused(folders, tmp_path, capfd):
     with pytest.raises(
         ValueError, match=r"expected a folder with config.json .*, got the file .*model.safetensors"
     ):
+        Sam2(folders / "sam2" / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"as SAM's authors publish it, got .*safetensors without image_encoder"
+    ):
         Sam(folders / "sam" / "model.safetensors")
     with pytest.raises(FileNotFoundError, match=r"no folder ./nowhere"):
         Sam("./nowhere")
@@ -602,6 +608,95 @@ def test_nothing_in_a_torch_file_is_run(folders, tmp_path, capfd):
     ):
         Sam(tmp_path)
     assert "run" not in capfd.readouterr().out
+
+
+def own_names(state):
+    """SAM's own names of transformers' tensors: the rules read backwards, as the original code has them."""
+    made = {}
+    for name, value in state.items():
+        if name.startswith("prompt_encoder.shared_embedding"):
+            continue
+        new = name.replace(
+            "shared_image_embedding.positional_embedding",
+            "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        )
+        for theirs, ours in (
+            ("vision_encoder.layers.", "image_encoder.blocks."),
+            ("vision_encoder.", "image_encoder."),
+            ("patch_embed.projection", "patch_embed.proj"),
+            ("layer_norm_final_attn", "norm_final_attn"),
+            ("neck.conv1", "neck.0"),
+            ("neck.layer_norm1", "neck.1"),
+            ("neck.conv2", "neck.2"),
+            ("neck.layer_norm2", "neck.3"),
+            ("mask_embed.conv1", "mask_downscaling.0"),
+            ("mask_embed.layer_norm1", "mask_downscaling.1"),
+            ("mask_embed.conv2", "mask_downscaling.3"),
+            ("mask_embed.layer_norm2", "mask_downscaling.4"),
+            ("mask_embed.conv3", "mask_downscaling.6"),
+            ("upscale_conv1", "output_upscaling.0"),
+            ("upscale_layer_norm", "output_upscaling.1"),
+            ("upscale_conv2", "output_upscaling.3"),
+            ("prompt_encoder.point_embed.", "prompt_encoder.point_embeddings."),
+            ("layer_norm", "norm"),
+        ):
+            new = new.replace(theirs, ours)
+        if "iou_prediction_head" in new or "hypernetworks" in new:
+            new = (
+                new.replace("layers.0", "layers.1")
+                .replace("proj_in", "layers.0")
+                .replace("proj_out", "layers.2")
+            )
+        made[new] = value.clone()
+    return made
+
+
+@pytest.mark.parametrize("name", ["sam", "medsam"])
+def test_files_as_the_authors_publish_them(name, tmp_path):
+    state = own_names(small(name).state_dict())
+    # Names of these parts are those of SAM-Med3D, whose list is at hand.
+    lines = (Path(__file__).parent / "sam_med3d_state_dict.tsv").read_text().splitlines()
+    listed = {re.sub(r"\d+", "#", line.split("\t")[0]) for line in lines}
+    assert {re.sub(r"\d+", "#", n) for n in state} <= listed
+    torch.save(state, tmp_path / "own.pth")
+    assert same_answers(name, tmp_path / "own.pth")
+    made = FAMILIES[name](tmp_path / "own.pth")
+    assert made.files == (tmp_path / "own.pth",)
+    wanted, found = small(name).config.to_dict(), made.model.config.to_dict()
+    for part in ("vision_config", "prompt_encoder_config", "mask_decoder_config"):
+        differ = {k: (v, found[part][k]) for k, v in wanted[part].items() if found[part][k] != v}
+        assert not differ.keys() - {"mlp_ratio"}
+    torch.save({"model": {f"module.{n}": v for n, v in state.items()}}, tmp_path / "own.pth")
+    assert same_answers(name, tmp_path / "own.pth")
+    for change, text in (
+        ({"mask_decoder.iou_token.weight": None}, r"missing: mask_decoder\.iou_token\.weight$"),
+        ({"other": torch.zeros(1)}, "unexpected: other$"),
+        (
+            {"mask_decoder.iou_token.weight": torch.zeros(1, 7)},
+            r"of another shape: .* \(1, 7\), expected \(1, 32\)$",
+        ),
+        ({"image_encoder.pos_embed": None}, "without image_encoder.pos_embed$"),
+    ):
+        torch.save({k: v for k, v in (state | change).items() if v is not None}, tmp_path / "own.pth")
+        with pytest.raises(
+            ValueError, match=f"checkpoint: expected a folder, or a file as SAM's authors .*{text}"
+        ):
+            FAMILIES[name](tmp_path / "own.pth")
+    torch.save({**state, "evil": Poison()}, tmp_path / "own.pth")
+    with pytest.raises(ValueError, match="the Python object"):
+        FAMILIES[name](tmp_path / "own.pth")
+
+
+@pytest.mark.parametrize(("width", "layers", "heads"), [(768, 12, 12), (1280, 32, 16)])
+def test_architectures_of_the_published_files(width, layers, heads):
+    """ViT-B and ViT-H, by the shapes of their tensors."""
+    seen = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    seen["global_attn_indexes"] = [layers // 4 * (i + 1) - 1 for i in range(4)]
+    wanted = transformers.SamConfig(vision_config={**seen, "mlp_dim": 4 * width})
+    with torch.device("meta"):
+        state = own_names(transformers.SamModel(wanted).state_dict())
+    for part, values in sam_names.architecture(state).items():
+        assert {k: getattr(getattr(wanted, part), k) for k in values} == values
 
 
 def same_answers(name, folder):

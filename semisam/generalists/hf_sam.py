@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from semisam import ops, prompts
+from semisam import ops, prompts, weights
+from semisam.generalists import sam_names
 from semisam.generalists.precision import autocast, check_precision
 from semisam.generalists.protocol import Decoded, GeneralistSpec
 from semisam.prompts import PromptBatch
@@ -44,7 +45,8 @@ class Sam:
 
     `checkpoint` is a folder with config.json and safetensors as transformers saves them, or the name of a
     hub repository such as "facebook/sam-vit-base" (with `revision`) that is in the local cache already;
-    nothing is downloaded unless `download`. Nothing in these files is run. `model` is a transformers model
+    nothing is downloaded unless `download`. It may also be SAM's own file (such as sam_vit_b_01ec64.pth), or
+    for `MedSam` medsam_vit_b.pth. Nothing in these files is run. `model` is a transformers model
     of yours instead, such as a fine-tuned or a small one.
 
     Images: what lies in `window` (low, high) goes to black .. white and the rest is clipped; None: from the
@@ -127,9 +129,13 @@ class Sam:
         self.files: tuple[Path, ...] = ()  # what the weights came from
         if checkpoint is not None:
             library = _transformers(self.model_class, who)
-            folder = _folder(checkpoint, who, self.repository, download=download, revision=revision)
-            model = _load(library, self.model_class, self.model_types, folder, who)
-            self.files = tuple(sorted(f for f in folder.iterdir() if re.search(_READ, f.name)))
+            if self.model_class == "SamModel" and Path(checkpoint).is_file():
+                self.files = (Path(checkpoint),)
+                model = _load_own(library, Path(checkpoint), who)
+            else:
+                folder = _folder(checkpoint, who, self.repository, download=download, revision=revision)
+                model = _load(library, self.model_class, self.model_types, folder, who)
+                self.files = tuple(sorted(f for f in folder.iterdir() if re.search(_READ, f.name)))
         found = type(model).__name__
         if found != self.model_class:
             raise ValueError(f"{who}(): model: expected a {self.model_class} of transformers, got {found}")
@@ -516,21 +522,41 @@ def _load(library: Any, model_class: str, model_types: tuple[str, ...], folder: 
             f"{who}(): checkpoint: expected the tensors of a {model_class}, got {folder} with damage or in "
             f"another format ({type(error).__name__})"
         ) from None
-    problems = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "of another shape": [
-            f"{name} {tuple(found)}, expected {tuple(wanted)}"
-            for name, found, wanted in sorted(info["mismatched_keys"])
-        ],
-    }
-    if any(problems.values()):
-        what = "; ".join(f"{kind}: {_first(names)}" for kind, names in problems.items() if names)
-        raise ValueError(
-            f"{who}(): checkpoint: expected the weights of a {model_class} as config.json describes it, got "
-            f"{folder}: {what}"
-        )
+    _check_names(
+        f"{who}(): checkpoint: expected the weights of a {model_class} as config.json describes it, got "
+        f"{folder}",
+        info["missing_keys"],
+        info["unexpected_keys"],
+        info["mismatched_keys"],
+    )
     return model
+
+
+def _load_own(library: Any, path: Path, who: str) -> Any:
+    """The model of a file as SAM's authors publish it."""
+    state = weights.read(path, who, name="checkpoint", rest=True)
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    expected = f"{who}(): checkpoint: expected a folder, or a file as SAM's authors publish it, got {path}"
+    try:
+        parts = sam_names.architecture(state)
+    except KeyError as error:
+        raise ValueError(f"{expected} without {error.args[0]}") from None
+    model = library.SamModel(library.SamConfig(**parts))
+    own, state = model.state_dict(), sam_names.renamed(state)
+    differ = [(n, v.shape, own[n].shape) for n, v in state.items() if n in own and v.shape != own[n].shape]
+    _check_names(expected, own.keys() - state.keys(), state.keys() - own.keys(), differ)
+    model.load_state_dict(state)
+    return model
+
+
+def _check_names(expected: str, missing: Any, unexpected: Any, differ: Any) -> None:
+    """Raise ValueError if there are any such names; `differ` has (name, shape, expected shape)."""
+    shapes = [f"{n} {tuple(found)}, expected {tuple(wanted)}" for n, found, wanted in sorted(differ)]
+    kinds = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": shapes}
+    if any(kinds.values()):
+        what = "; ".join(f"{kind}: {_first(names)}" for kind, names in kinds.items() if names)
+        raise ValueError(f"{expected}: {what}")
 
 
 def _check_config(folder: Path, model_types: tuple[str, ...], who: str) -> None:
