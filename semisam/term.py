@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -127,9 +128,10 @@ class SemiSAMTerm:
 
         L = lam_sam w_sam(step) min(1, step / (warmup total_steps)) L_sam(student's logits; q, w)
 
-    `generalist`: a name of `semisam.generalists`, a dotted path, a `Generalist`, or a list of them; every
-    one has its own clicks. `total_steps` is the length of the training. None stands for the value of the
-    `preset`: "plus" (default) or "ref", which is the papers' intent without their defects.
+    `generalist`: a name of `semisam.generalists`, a dotted path, a `Generalist`, a function `(images,
+    prompts) -> logits` (`semisam.generalists.callable`), or a list of them; every one has its own clicks.
+    `total_steps` is the length of the training. None stands for the value of the `preset`: "plus" (default)
+    or "ref", which is the papers' intent without their defects.
 
     Prompts, from the teacher's probability of each foreground class (`semisam.prompts`): `mode` "point"
     (`clicks` rounds, last answer used), "unc" (all late answers used), "mask" (one round, mask prompt),
@@ -146,7 +148,13 @@ class SemiSAMTerm:
 
     Loss: `loss` "mse", "ce", "ce_dice"; `min_weight`; `lam_sam`; `w0`, `ramp` "falling" (published),
     "rising" or "flat", `ramp_length` (blocks of 150 steps): `schedules.sam_weight`; `warmup`, a share of
-    the training; `sam_every`: other steps give exactly 0.
+    the training; `sam_every`: other steps give exactly 0. A generalist that takes more than `budget` seconds
+    in a step (None: any time) is told of, and listed in `diagnostics["slow"]`.
+
+    An answer that is not finite, of another shape, or the same number in every voxel says nothing: that
+    source is left out for these samples, with a RuntimeWarning (at the 1st, 10th, 100th, ... time). The
+    rows are counted in `diagnostics["failed_rows"]`; a source without any usable answer is in "dropped" with
+    the reason, and "drops" counts these steps since the term was made.
 
     Every number is per sample and class: nothing passes from one sample to another, except that the loss
     is the mean over samples. Nothing is drawn from torch's random numbers. On devices without kernels of
@@ -160,7 +168,7 @@ class SemiSAMTerm:
     >>> term = SemiSAMTerm("random-walker", total_steps=100)
     >>> image = torch.zeros(1, 1, 24, 24)
     >>> image[..., 6:18, 6:18] = 1
-    >>> logits = 4 * torch.stack([-image[:, 0], image[:, 0]], 1).roll(1, 3)  # a student, off by a voxel
+    >>> logits = 4 * torch.stack([0.5 - image[:, 0], image[:, 0] - 0.5], 1).roll(1, 3)
     >>> loss = term(image, logits.requires_grad_(), step=50)
     >>> loss.backward()
     >>> bool(loss > 0), bool(logits.grad.any()), term.diagnostics["skipped"]
@@ -202,6 +210,7 @@ class SemiSAMTerm:
         ramp_length: float | None = None,
         warmup: float | None = None,
         sam_every: int = 1,
+        budget: float | None = None,
         seed: int = 0,
     ) -> None:
         """Build the generalists and settle every number; `settings` has the result."""
@@ -221,13 +230,26 @@ class SemiSAMTerm:
         self.settings["mode"] = [slot.mode for slot in self._slots]
         _check_settings(self.settings)
         self.gate = Gate([slot.name for slot in self._slots])
-        self.diagnostics: dict[str, Any] = {}
+        self.drops = dict.fromkeys(self.gate.names, 0)
+        self._told: dict[tuple[str, str], int] = {}
+        self.diagnostics: dict[str, Any] = _blank(self.gate, self.drops)
         self.last: LastCall | None = None
 
     @property
     def generalists(self) -> dict[str, Any]:
         """The generalists by name."""
         return {slot.name: slot.generalist for slot in self._slots}
+
+    def check(self, spatial_dims: int, classes: int) -> None:
+        """Raise ValueError if a generalist cannot take images of so many axes, or so many foreground classes.
+
+        A call checks this, too; here it can be known before a long preparation.
+
+        >>> from semisam.term import SemiSAMTerm
+        >>> SemiSAMTerm("random-walker", total_steps=100).check(spatial_dims=3, classes=13)
+        """
+        for slot in self._slots:
+            slot.check((1,) * spatial_dims, classes)
 
     def factor(self, step: int) -> float:
         """Return what L_sam is multiplied with at `step`: lam_sam w_sam(step) warm-up(step).
@@ -277,7 +299,7 @@ class SemiSAMTerm:
                 f"SemiSAMTerm(): sample_ids: expected one per sample ({len(logits_u)}), got {len(ids)}"
             )
         self.last = None
-        self.diagnostics = _blank(self.gate)
+        self.diagnostics = _blank(self.gate, self.drops)
         self.diagnostics["weight"] = factor = self.factor(step)
         if self.settings["lam_sam"] == 0:
             return torch.zeros((), device=logits_u.device)
@@ -317,7 +339,10 @@ class SemiSAMTerm:
         d = self.diagnostics
         d["called"] = True
         d["skipped_rows"] = int(request.targets.skip.sum())
-        d["failed_rows"] = sum(a.failed for a in answers.values())
+        d["failed_rows"] = sum(n for a in answers.values() for n in a.failed.values())
+        for name, a in answers.items():
+            self._note(name, a, step)
+        d["drops"] = dict(self.drops)
         d["clicks"] = sum(int((a.clicks.labels >= 0).sum()) for a in answers.values())
         d["rounds"] = {name: list(a.done) for name, a in answers.items()}
         d["solver"] = {name: dict(a.info) for name, a in answers.items() if a.info}
@@ -348,6 +373,28 @@ class SemiSAMTerm:
             made.score = float(score)
             found[choice] = made
         return found
+
+    def _note(self, name: str, answers: Answers, step: int) -> None:
+        """Count and tell what was wrong with a source."""
+        d, budget = self.diagnostics, self.settings["budget"]
+        if answers.failed and not any(answers.done):
+            d["dropped"][name] = max(answers.failed, key=lambda what: answers.failed[what])
+            self.drops[name] = self.drops.get(name, 0) + 1
+        for what, rows in answers.failed.items():
+            self._tell(
+                (name, what.partition(",")[0]),
+                f"{rows} answers {what} at step {step}; a sample without an earlier answer is left out",
+            )
+        if budget is not None and answers.seconds > budget:
+            d["slow"][name] = answers.seconds
+            self._tell((name, "slow"), f"took {answers.seconds:.3g} s at step {step}, budget {budget:g} s")
+
+    def _tell(self, about: tuple[str, str], text: str) -> None:
+        """Warn at the 1st, 10th, 100th, ... time."""
+        count = self._told[about] = self._told.get(about, 0) + 1
+        if str(count).rstrip("0") == "1":
+            times = f" ({count} times so far)" if count > 1 else ""
+            warnings.warn(f"SemiSAMTerm(): {about[0]}: {text}{times}", RuntimeWarning, stacklevel=2)
 
     def _fuse(self, request: Request, answers: dict[str, Answers], *, teacher: bool) -> LastCall | None:
         s, d = self.settings, self.diagnostics
@@ -495,6 +542,7 @@ class SemiSAMTerm:
         request = self._request(image, prob, 0, [number], spacing)
         for slot in self._slots:
             answers = slot.ask(request, self.settings)
+            self._note(slot.name, answers, 0)
             found[slot.name] = torch.zeros_like(mask)
             if any(answers.done):
                 r_lab, _ = fusion.source_weights(
@@ -530,12 +578,15 @@ def _slots(given: Any, mode: str | Sequence[str] | None) -> list[Slot]:
         )
     slots: list[Slot] = []
     for item, wanted in zip(items, modes, strict=True):
-        made = generalists.build(item) if isinstance(item, str) else item
-        if not isinstance(made, generalists.Generalist):
+        try:
+            made = generalists.build(item) if isinstance(item, str) else generalists.as_generalist(item)
+        except TypeError:
+            if isinstance(item, str):
+                raise
             raise TypeError(
-                f"SemiSAMTerm(): generalist: expected a name or something with spec, encode and decode, "
-                f"got {type(item).__name__}"
-            )
+                f"SemiSAMTerm(): generalist: expected a name, something with spec, encode and decode, or a "
+                f"function (images, prompts) -> logits, got {type(item).__name__}"
+            ) from None
         chosen = wanted or made.spec.default_mode
         _choice("mode", chosen, tuple(MODES))
         if not MODES[chosen] <= made.spec.prompts:
@@ -574,6 +625,9 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
             )
         if name in _WHOLE and value != int(value):
             raise ValueError(f"SemiSAMTerm(): {name}: expected a whole number, got {value!r}")
+    budget = settings["budget"]
+    if budget is not None and not (isinstance(budget, (int, float)) and budget > 0):
+        raise ValueError(f"SemiSAMTerm(): budget: expected a positive number of seconds, got {budget!r}")
     length = settings["ramp_length"]
     if length is not None and not 0 <= length < float("inf"):
         raise ValueError(f"SemiSAMTerm(): ramp_length: expected 0 or a positive number, got {length!r}")
@@ -620,7 +674,7 @@ def _nothing(logits: Any) -> Any:
     return logits.reshape(-1)[:0].sum(dtype=torch.float32)
 
 
-def _blank(gate: Gate) -> dict[str, Any]:
+def _blank(gate: Gate, drops: dict[str, int]) -> dict[str, Any]:
     """The diagnostics of a step in which nothing was asked; None: not measured."""
     return {
         "called": False,
@@ -630,6 +684,9 @@ def _blank(gate: Gate) -> dict[str, Any]:
         "skipped": 0,
         "skipped_rows": 0,
         "failed_rows": 0,
+        "dropped": {},
+        "drops": dict(drops),
+        "slow": {},
         "clicks": 0,
         "rounds": {},
         "agreement": None,

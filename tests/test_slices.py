@@ -117,10 +117,11 @@ def test_clicks_lie_in_their_slices_of_the_volume(axis):
 def test_clicks_differ_between_slices_and_not_by_the_batch():
     target = torch.ones(2, 1, 4, 9, 9, dtype=torch.bool)
     model = Slices(0)
-    both = ask(model, "point", target, target.float() * 0)
+    shown = torch.rand(2, 1, 4, 9, 9, generator=torch.Generator().manual_seed(0))
+    both = ask(model, "point", target, shown)
     first = model.asked[0][0].points[:, 0, 0]
     assert len({tuple(p) for p in first.tolist()}) > 4
-    alone = ask(model, "point", target[:1], target[:1].float() * 0)
+    alone = ask(model, "point", target[:1], shown[:1])
     assert torch.equal(model.asked[0][0].points[:, 0, 0], first[:4])
     assert torch.equal(both.rounds[0][:1], alone.rounds[0])
 
@@ -128,11 +129,23 @@ def test_clicks_differ_between_slices_and_not_by_the_batch():
 def test_a_slice_without_an_answer_takes_its_volume_out():
     target, images = boxes()
     images[1, 0, 5, 0, 0] = 77.0
-    with pytest.warns(RuntimeWarning, match="1 answers are not finite"):
-        made = ask(Slices(0, bad=77.0), "unc", target, images)
+    made = ask(Slices(0, bad=77.0), "unc", target, images)
+    assert made.failed == {"are not finite": 1}
     assert made.done[0] > 0
     assert made.done[1] == 0
     assert made.rounds[-1].isfinite().all()
+
+
+def test_a_constant_slice_is_an_answer_and_a_constant_volume_is_none():
+    target, images = boxes()
+    images[1] = 0
+    made = ask(Slices(0), "mask", target[:, :1], images)
+    assert made.done == [1, 0]
+    assert made.failed == {"are the same in every voxel": 1}
+    assert len(made.rounds) == 1
+    assert ask(Slices(0), "mask", target[1:, :1], images[1:]).rounds == []
+    images[0, 0, 2] = 0
+    assert ask(Slices(0), "mask", target[:, :1], images).done == [1, 0]
 
 
 def test_a_volume_has_the_rounds_of_its_slice_with_the_most():
@@ -164,6 +177,7 @@ def test_the_term_fuses_slices_with_other_generalists():
     prob = torch.cat([1 - prob.sum(1, keepdim=True), prob], 1)
     prob[:, 1:][target] = 0.9
     prob = prob / prob.sum(1, keepdim=True)
+    images = target.any(1, keepdim=True).float()
     truth = images.bool().expand_as(target)
     term = SemiSAMTerm(
         [Slices(1), Fake(truth)], total_steps=10, mode=["unc", "mask"], sample_gate=0.0, warmup=0.0
@@ -174,6 +188,7 @@ def test_the_term_fuses_slices_with_other_generalists():
     assert float(loss.detach()) > 0
     assert bool(logits.grad.any())
     assert term.last.answers["slices"].shape == target.shape
+    assert term.diagnostics["dropped"] == {}
     picture = term.last.picture(0)
     assert picture["clicks"].shape[1] == 4
     assert term.diagnostics["clicks"] == len(picture["clicks"]) + len(term.last.picture(1)["clicks"])

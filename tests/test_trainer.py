@@ -61,6 +61,11 @@ def data(tmp_path_factory):
     return write_phantoms(root, labeled=4, unlabeled=3, test=0, shape=(20, 20, 20))
 
 
+def flat(images, prompts):
+    """A function by its dotted name is a generalist, too."""
+    return 4.0 * images
+
+
 def settings(data, **more):
     changed = {"data.root": str(data), **TINY, **{k.replace("__", "."): v for k, v in more.items()}}
     return config.load(settings=list(changed.items()))
@@ -75,7 +80,8 @@ def same(a, b):
 
 
 def losses(run):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_table(run / "log.csv")]
+    clocks = ("seconds", "term_ms_generalist", "term_ms_rest")
+    return [{k: v for k, v in row.items() if k not in clocks} for row in read_table(run / "log.csv")]
 
 
 def words(settings_of, out, *more):
@@ -130,6 +136,8 @@ def test_tables_have_their_columns(whole):
     for row in log:
         assert float(row["loss"]) == pytest.approx(sum(float(row[name]) for name in terms), rel=1e-6)
     assert set(log[0]) >= {"lr", "seconds", "term_weight", "term_mean_u", "term_clicks", "term_skipped"}
+    assert {row["term_failed_rows"] for row in log} == {"0"}
+    assert float(log[-1]["term_ms_rest"]) > 0
     assert float(log[0]["lr"]) == 0.01
     assert float(log[3]["lr"]) == pytest.approx(0.01 * 0.5**0.9)
     validation = read_table(whole / "validation.csv")
@@ -140,6 +148,16 @@ def test_tables_have_their_columns(whole):
     assert {row["step"] for row in rows} == {"0", "3", "6"}
     assert {row["candidate"] for row in rows} == {"mask", "largest_component", "random-walker"}
     assert {row["chosen"] for row in rows if row["step"] == "0"} == {"0", "1"}
+
+
+def test_a_generalist_that_does_not_fit_is_refused_before_anything_is_trained(data, tmp_path):
+    made = settings(data, term__generalists=["test_trainer.flat"])
+    made.term.generalist_options = {"test_trainer.flat": {"spatial_dims": [2]}}
+    with pytest.raises(config.ConfigError, match=r"term.generalists: .*flat takes 2-D images, got 3-D"):
+        trainer.train(made, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    made.term.generalist_options = {}
+    assert trainer.train(made, tmp_path / "run").steps == 6
 
 
 def test_loading_a_run(whole):

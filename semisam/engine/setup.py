@@ -24,8 +24,10 @@ class TrainingError(RuntimeError):
     """A run that cannot start or go on; the text says what to do."""
 
 
-def build_term(config: Config) -> Any:
+def build_term(config: Config, spatial_dims: int | None = None, classes: int = 1) -> Any:
     """Return the generalists' term of a configuration; ConfigError names the setting that does not fit.
+
+    With `spatial_dims` the generalists must take images of so many axes and `classes` foreground classes.
 
     >>> from semisam.engine import config, setup
     >>> setup.build_term(config.load(settings=[("term.options.lam_sam", 1.0)])).settings["lam_sam"]
@@ -46,7 +48,7 @@ def build_term(config: Config) -> Any:
     except (TypeError, ValueError, OSError, ImportError) as error:
         raise ConfigError(f"term.generalists: {error}") from error
     try:
-        return SemiSAMTerm(
+        built = SemiSAMTerm(
             made,
             preset=term.preset,
             total_steps=config.train.steps,
@@ -55,6 +57,12 @@ def build_term(config: Config) -> Any:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"term.options: {error}") from error
+    if spatial_dims is not None:
+        try:
+            built.check(spatial_dims, classes)
+        except ValueError as error:
+            raise ConfigError(f"term.generalists: {error}") from error
+    return built
 
 
 def check_folder(out: Path, config: Config, resume: bool) -> None:

@@ -36,7 +36,10 @@ from semisam.engine.stepper import NotFinite, Stepper, fabric_for
 
 __all__ = ["CheckpointError", "Interrupted", "Loaded", "Run", "TrainingError", "load", "train"]
 
-DIAGNOSTICS = ("term_weight", "term_mean_u", "term_agreement", "term_clicks", "term_skipped")
+DIAGNOSTICS = (
+    *("term_weight", "term_mean_u", "term_agreement", "term_clicks", "term_skipped", "term_failed_rows"),
+    *("term_ms_generalist", "term_ms_rest"),
+)
 SAMPLES = 6
 
 
@@ -174,7 +177,9 @@ class _Training:
             *(self.fabric.global_rank, self.fabric.world_size),
         )
         self.meta["spacing"] = self.source.spacing and list(self.source.spacing)
-        self.term: Any = build_term(config) if methods.needs_term(config.method.name) else None
+        self.term: Any = None
+        if methods.needs_term(config.method.name):
+            self.term = build_term(config, case_set.spatial_dims, self.meta["num_classes"] - 1)
         self.method = methods.build(
             *(config.method, student),
             num_classes=self.meta["num_classes"],
@@ -372,7 +377,8 @@ class _Training:
         if self.done == 1 or self._due(self.config.train.log_every):
             row = {**values, "seconds": round(self.meta["seconds"], 3)}
             if self.term is not None:
-                row |= {name: self.term.diagnostics.get(name.removeprefix("term_")) for name in DIAGNOSTICS}
+                found = {name: self.term.diagnostics.get(name.removeprefix("term_")) for name in DIAGNOSTICS}
+                row |= {n: round(v, 3) if n.startswith("term_ms") else v for n, v in found.items()}
             self.tables["log"].add(step=self.done, **row)
             if self.board is not None:
                 for name, value in row.items():

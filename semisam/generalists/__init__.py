@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from typing import Any
 
 from semisam.generalists.protocol import Decoded, Generalist, GeneralistSpec
 
-__all__ = ["GENERALISTS", "Decoded", "Generalist", "GeneralistSpec", "build"]
+__all__ = ["GENERALISTS", "Decoded", "Generalist", "GeneralistSpec", "as_generalist", "build"]
 
 GENERALISTS: dict[str, str] = {
     "random-walker": "semisam.generalists.random_walker.RandomWalker",
@@ -24,12 +25,13 @@ GENERALISTS: dict[str, str] = {
 """Names that `build` knows, and where their classes are."""
 
 
-def build(name: str, **options: Any) -> Any:
-    """Make a generalist: a name of `GENERALISTS`, or the dotted path of a class or function of yours.
+def build(name: str, /, **options: Any) -> Any:
+    """Make a generalist: a name of `GENERALISTS`, or the dotted path of something of yours.
 
-    `options` go to the class. Raises ValueError for an unknown name (with the nearest known one) or a path
-    that leads nowhere, TypeError for options that the class does not have and for a result that is no
-    `Generalist`.
+    That is a class, or a function that makes a generalist (`options` go to either), or a function `(images,
+    prompts) -> logits` (see `as_generalist`; `options` are those of `CallableGeneralist`). Raises ValueError
+    for an unknown name (with the nearest known one) or a path that leads nowhere, TypeError for options that
+    the class does not have and for a result that is no `Generalist`.
 
     >>> from semisam import generalists
     >>> generalists.build("random-walker", gamma=0.1).spec.default_mode
@@ -51,10 +53,51 @@ def build(name: str, **options: Any) -> Any:
         raise ValueError(f"build(): name: expected an importable path, got {name!r}: {error}") from None
     except AttributeError:
         raise ValueError(f"build(): name: {module} has no {attribute!r}, got {name!r}") from None
-    made = maker(**options)
+    segments = not inspect.isclass(maker) and _takes_two(maker)
+    made = as_generalist(maker, **options) if segments else maker(**options)
     if not isinstance(made, Generalist):
         raise TypeError(
             f"build(): name: expected something with spec, encode and decode (semisam.generalists."
             f"Generalist), got {type(made).__name__} from {name!r}"
         )
     return made
+
+
+def as_generalist(thing: Any, **options: Any) -> Any:
+    """Return `thing` if it is a generalist, or a function `(images, prompts) -> logits` as one.
+
+    `options` are those of `semisam.generalists.callable.CallableGeneralist`. Raises TypeError for anything
+    else, such as a class, and for a function that cannot be called with two arguments.
+
+    >>> from semisam import generalists
+    >>> def bright(images, prompts):
+    ...     return (8 * (images - 0.5)).expand(-1, prompts.labels.shape[1], -1, -1)
+    >>> generalists.as_generalist(bright, spatial_dims=(2,)).spec.name
+    'bright'
+    """
+    if isinstance(thing, Generalist) and not inspect.isclass(thing):
+        if options:
+            raise TypeError(f"as_generalist(): options: expected none for a generalist, got {list(options)}")
+        return thing
+    if inspect.isclass(thing) or not _takes_two(thing, exactly=False):
+        raise TypeError(
+            f"as_generalist(): thing: expected a generalist or a function (images, prompts) -> logits, got "
+            f"{thing!r}"
+        )
+    return importlib.import_module("semisam.generalists.callable").CallableGeneralist(thing, **options)
+
+
+def _takes_two(function: Any, *, exactly: bool = True) -> bool:
+    """Whether it can be called as (images, prompts); exactly: and with no fewer arguments than these two."""
+    try:
+        signature = inspect.signature(function)
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # builtins without a signature
+        return not exactly
+    needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind in _POSITIONAL]
+    return len(needed) == 2 or not exactly
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -22,8 +22,9 @@ class GeneralistSpec:
 
     `prompts` is a subset of "points", "mask", "box". `mask_size` is the resolution of its mask prompt,
     None for that of the patch; `input_size` the size that images are brought to, None for any; `spacing`
-    (mm) what it was trained on, None for any. `default_mode` is the term's prompt mode for it. A 2-D model
-    with a `slice_axis` is asked about volumes, too, slice by slice along that axis.
+    (mm) what it was trained on, None for any. `default_mode` is the term's prompt mode for it.
+    `max_classes` is how many foreground classes it can be asked for at once, None for any. A 2-D model with a
+    `slice_axis` is asked about volumes, too, slice by slice along that axis.
 
     >>> from semisam.generalists.protocol import GeneralistSpec
     >>> GeneralistSpec("mine", spatial_dims=(3,), prompts=frozenset({"points"})).mask_size is None
@@ -40,6 +41,7 @@ class GeneralistSpec:
     licence: str = ""
     training_sets: tuple[str, ...] = ()
     paper: str = ""
+    max_classes: int | None = None
     slice_axis: int | None = None
 
 
@@ -73,7 +75,7 @@ class Generalist(Protocol):
         """Segment B samples x F classes, one-vs-rest, in one batch.
 
         `active` [B, F] (bool; default all) says which rows are asked for. A row without points
-        (labels all -1, or K = 0) is asked by its mask prompt alone. NaN in a row's answer says that the
-        model has none: the term leaves that sample out.
+        (labels all -1, or K = 0) is asked by its mask prompt alone. NaN in a row's answer, or
+        the same number in every voxel of it, says that the model has none: the term leaves that sample out.
         """
         ...
