@@ -1165,10 +1165,9 @@ def test_dimensions_and_classes_that_a_generalist_does_not_take():
     with pytest.raises(ValueError, match="fake takes prompts for 1 foreground classes at most, got 2"):
         few(images, student(prob), prob, step=STEP)
     few.check(3, 1)
-    slices = make(Fake(truth, spatial_dims=(2,), slice_wise=True))
-    assert slices(images, student(prob), prob, step=STEP) > 0
+    make(Fake(truth, spatial_dims=(2,), slice_axis=1)).check(3, 2)
     with pytest.raises(ValueError, match="takes 3-D images, got 2-D"):
-        make(Fake(truth, spatial_dims=(3,), slice_wise=True)).check(2, 1)
+        make(Fake(truth, spatial_dims=(3,), slice_axis=1)).check(2, 1)
 
 
 # ---- answers that say nothing -------------------------------------------------------------------

@@ -45,7 +45,7 @@ def build_term(config: Config, spatial_dims: int | None = None, classes: int = 1
         )
     try:
         made = [generalists.build(n, **term.generalist_options.get(n, {})) for n in term.generalists]
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, ImportError) as error:
         raise ConfigError(f"term.generalists: {error}") from error
     try:
         built = SemiSAMTerm(

@@ -303,13 +303,19 @@ class _Training:
             },
         )
 
-    def _generalist_weights(self) -> dict[str, dict[str, str]]:
-        """The files that generalists were given, by name, with their hashes."""
+    def _generalist_weights(self) -> dict[str, dict[str, Any]]:
+        """The files that generalists were given, by name, with their hashes; one per file of a folder."""
         if self.term is None:
             return {}
-        given = {n: o.get("checkpoint") for n, o in self.config.term.generalist_options.items()}
-        files = {n: Path(path) for n, path in given.items() if path}
-        return {n: {"path": str(path), "sha256": record.sha256(path)} for n, path in files.items()}
+        made = dict(zip(self.config.term.generalists, self.term.generalists.values(), strict=True))
+        found: dict[str, dict[str, Any]] = {}
+        for name, options in self.config.term.generalist_options.items():
+            given = options.get("checkpoint")
+            if given:
+                files = getattr(made[name], "files", None)
+                hashed = {f.name: record.sha256(f) for f in files} if files else record.sha256(Path(given))
+                found[name] = {"path": str(given), "sha256": hashed}
+        return found
 
     def _restore_or_begin(self) -> None:
         last = self.out / "last.ckpt"

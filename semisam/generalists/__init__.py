@@ -17,6 +17,10 @@ GENERALISTS: dict[str, str] = {
     "sam-med3d": "semisam.generalists.sam_med3d.SamMed3D",
     "sam-med3d-turbo": "semisam.generalists.sam_med3d.SamMed3DTurbo",
     "segany-pet": "semisam.generalists.sam_med3d.SegAnyPET",
+    "sam": "semisam.generalists.hf_sam.Sam",
+    "sam2": "semisam.generalists.hf_sam.Sam2",
+    "sam3": "semisam.generalists.hf_sam.Sam3",
+    "medsam": "semisam.generalists.hf_sam.MedSam",
 }
 """Names that `build` knows, and where their classes are."""
 

@@ -28,8 +28,8 @@ class CallableGeneralist:
 
     The rest is what `GeneralistSpec` says of it: `name` (default: the function's own), `spatial_dims`,
     `prompts`, any of "points", "mask", "box"; `mask_size`, the resolution of its mask prompt (None: that of
-    the patch); `default_mode` (None: "mixed", or what its prompts allow); `max_classes`; `slice_wise`, if it
-    takes volumes although it is a 2-D model; `licence`, `training_sets`.
+    the patch); `default_mode` (None: "mixed", or what its prompts allow); `max_classes`; `slice_axis`, if
+    a 2-D model shall be asked about volumes slice by slice; `licence`, `training_sets`.
 
     >>> import torch
     >>> from semisam.generalists.callable import CallableGeneralist
@@ -52,7 +52,7 @@ class CallableGeneralist:
         mask_size: Sequence[int] | None = None,
         default_mode: str | None = None,
         max_classes: int | None = None,
-        slice_wise: bool = False,
+        slice_axis: int | None = None,
         licence: str = "",
         training_sets: Iterable[str] = (),
     ) -> None:
@@ -73,7 +73,7 @@ class CallableGeneralist:
             licence=licence,
             training_sets=tuple(training_sets),
             max_classes=max_classes,
-            slice_wise=slice_wise,
+            slice_axis=slice_axis,
         )
 
     def encode(self, images: Any, *, spacing: Sequence[float] | None = None) -> Any:

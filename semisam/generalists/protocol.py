@@ -23,8 +23,8 @@ class GeneralistSpec:
     `prompts` is a subset of "points", "mask", "box". `mask_size` is the resolution of its mask prompt,
     None for that of the patch; `input_size` the size that images are brought to, None for any; `spacing`
     (mm) what it was trained on, None for any. `default_mode` is the term's prompt mode for it.
-    `max_classes` is how many foreground classes it can be asked for at once, None for any; a 2-D model that
-    cuts volumes into slices itself says so by `slice_wise`.
+    `max_classes` is how many foreground classes it can be asked for at once, None for any. A 2-D model with a
+    `slice_axis` is asked about volumes, too, slice by slice along that axis.
 
     >>> from semisam.generalists.protocol import GeneralistSpec
     >>> GeneralistSpec("mine", spatial_dims=(3,), prompts=frozenset({"points"})).mask_size is None
@@ -42,7 +42,7 @@ class GeneralistSpec:
     training_sets: tuple[str, ...] = ()
     paper: str = ""
     max_classes: int | None = None
-    slice_wise: bool = False
+    slice_axis: int | None = None
 
 
 class Decoded(NamedTuple):
