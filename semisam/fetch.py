@@ -31,6 +31,11 @@ TRIES = 5
 """Connections that may end too early before `download` gives up."""
 
 _CHUNK = 1 << 20
+_SNAPSHOT = (
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+)  # nothing that could be run, and no copies for other libraries
 _TIMEOUT = 30.0  # seconds without a byte
 
 
@@ -42,9 +47,9 @@ class FetchError(RuntimeError):
 class Weights:
     """Where the published weights of a model are.
 
-    `files` are paths in the repository `hub` of Hugging Face, or below the address `url`; none: everything
-    in the repository. `load` is what the model is given, a file or a folder of these (default: the first
-    file). `sha256` has the hashes that are known, by file; `page` is for people.
+    `files` are paths in the repository `hub` of Hugging Face, or below the address `url`; `snapshot`: all
+    tensors and settings of the repository instead. `load` is what the model is given, a file or a folder of
+    these (default: the first file). `sha256` has the hashes that are known, by file; `page` is for people.
 
     >>> from semisam.fetch import Weights
     >>> Weights(hub="someone/model", files=("v1/model.pt",)).address("v1/model.pt")
@@ -55,7 +60,8 @@ class Weights:
     files: tuple[str, ...] = ()
     url: str = ""
     load: str = ""
-    sha256: Mapping[str, str] = field(default_factory=dict)
+    snapshot: bool = False
+    sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
     page: str = ""
 
     def address(self, file: str) -> str:
@@ -122,6 +128,17 @@ def fetch(
     sentence per file: its hash, and whether it was compared with a known one.
 
     Raises FetchError: no source, no network, no such file, another hash (then the file is removed).
+
+    >>> import os, pathlib, tempfile
+    >>> from semisam import fetch
+    >>> os.environ["SEMISAM_HOME"] = tempfile.mkdtemp()
+    >>> source = pathlib.Path(tempfile.mkdtemp(), "model.pt")
+    >>> _ = source.write_bytes(b"weights")
+    >>> model = fetch.Weights(url=source.parent.as_uri(), files=("model.pt",))
+    >>> fetch.fetch("mine", model).read_bytes()
+    b'weights'
+    >>> fetch.find("mine", model).name
+    'model.pt'
     """
     folder = home() / name
     if url is not None:
@@ -135,13 +152,22 @@ def fetch(
             + f"; give --url, or put the file into {folder}"
         )
     files = (file,) if file else weights.files
-    if not files and not (weights.hub and util.find_spec("huggingface_hub")):
+    if not files and not weights.snapshot:
         raise FetchError(
-            f"{name}: which file of {weights.page or weights.hub or weights.url} is wanted is not known: give "
-            f"--file NAME, or install huggingface_hub to get all of them"
+            f"{name}: which file of {weights.page or weights.hub or weights.url} is wanted is not known: "
+            "give --file NAME"
+        )
+    if not files and not util.find_spec("huggingface_hub"):
+        raise FetchError(
+            f"{name}: all files of {weights.hub} are wanted, which needs huggingface_hub: pip install "
+            f"huggingface_hub, or put them into {folder}"
         )
     if not files:
-        _hub(name, say, "snapshot_download", repo_id=weights.hub, local_dir=str(folder))
+        if find(name, weights) is None:
+            part = folder.with_name(f"{name}.part")  # an unfinished one is continued
+            wanted = {"repo_id": weights.hub, "local_dir": str(part), "allow_patterns": list(_SNAPSHOT)}
+            _hub(name, say, "snapshot_download", **wanted)
+            os.replace(part, folder)
         return folder / weights.load
     for each in files:
         expected = checksum or weights.sha256.get(each, "")
@@ -169,6 +195,14 @@ def download(
     between, and by the next call.
 
     Raises FetchError as `fetch` does.
+
+    >>> import pathlib, tempfile
+    >>> from semisam import fetch
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "old.pt").write_bytes(b"weights")
+    >>> fetch.download((folder / "old.pt").as_uri(), folder / "new.pt", say=print)  # doctest: +ELLIPSIS
+    /.../new.pt: sha256 9a12...(not checked: no hash is known for this file)
+    PosixPath('/.../new.pt')
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -186,8 +220,8 @@ def download(
     if not whole:
         size = part.stat().st_size if part.exists() else 0
         raise FetchError(
-            f"{url}: {reason} ({TRIES} times); {size} bytes are kept in {part}, and the same command continues "
-            "there"
+            f"{url}: {reason} ({TRIES} times); {size} bytes are kept in {part}, and the same command "
+            "continues there"
         )
     tag.unlink(missing_ok=True)
     _judge(part, path, expected, say)
@@ -300,9 +334,10 @@ def _total(content_range: str | None) -> int | None:
 
 
 def _answer(url: str, error: urllib.error.HTTPError) -> str:
+    consent = "accept the licence on the model's page, then install huggingface_hub and log in"
     what = {
-        401: "it wants a login: accept the licence on the model's page, then install huggingface_hub and log in",
-        403: "it refuses: accept the licence on the model's page, then install huggingface_hub and log in",
+        401: f"it wants a login: {consent}",
+        403: f"it refuses: {consent}",
         404: "there is no such file",
     }.get(error.code, "try again later, or fetch the file with a browser")
     return f"{url}: expected the file, got {error.code} {error.reason} from the server: {what}"

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from semisam import cli, fetch
+from semisam import fetch
 from semisam.fetch import FetchError, Weights, download
 
 CONTENT = bytes(range(256)) * 5000
@@ -110,7 +110,9 @@ def test_a_cut_connection_is_continued(server, tmp_path):
 
 def test_a_later_call_continues_what_is_there(server, tmp_path):
     server.cuts = [700_000] + [0] * 9
-    with pytest.raises(FetchError, match=r"ended after 700000 of 1280000 bytes \(5 times\); 700000 bytes are"):
+    with pytest.raises(
+        FetchError, match=r"ended after 700000 of 1280000 bytes \(5 times\); 700000 bytes are"
+    ):
         download(f"{server.url}/model.pt", tmp_path / "model.pt", pause=0)
     assert not (tmp_path / "model.pt").exists()
     assert (tmp_path / "model.pt.part").stat().st_size == 700_000
@@ -153,7 +155,9 @@ def test_all_bytes_were_there_already(server, tmp_path):
 
 def test_another_hash_removes_the_file(server, tmp_path):
     other = "0" * 64
-    with pytest.raises(FetchError, match=rf"model.pt: expected the sha256 {other}, got {HASH}: .* was removed"):
+    with pytest.raises(
+        FetchError, match=rf"model.pt: expected the sha256 {other}, got {HASH}: .* was removed"
+    ):
         download(f"{server.url}/model.pt", tmp_path / "model.pt", other)
     assert list(tmp_path.iterdir()) == []
 
@@ -174,7 +178,9 @@ def test_no_network(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(FetchError, match=r"expected an answer, got none \(.*refused.*\): without a network, copy"):
+    with pytest.raises(
+        FetchError, match=r"expected an answer, got none \(.*refused.*\): without a network, copy"
+    ):
         download(f"http://127.0.0.1:{port}/model.pt", tmp_path / "model.pt")
     with pytest.raises(FetchError, match="expected an answer, got none"):
         download("nothing://here/model.pt", tmp_path / "model.pt")
@@ -235,20 +241,24 @@ def test_a_file_by_its_address(server, tmp_path):
 
 
 def test_no_source():
-    with pytest.raises(FetchError, match=r"mine: no address is known .* \(see a page\); give --url, or put the"):
+    with pytest.raises(
+        FetchError, match=r"mine: no address is known .* \(see a page\); give --url, or put the"
+    ):
         fetch.fetch("mine", Weights(page="a page"))
     with pytest.raises(FetchError, match=r"which file of a page is wanted is not known: give --file NAME"):
         fetch.fetch("mine", Weights(hub="some/one", page="a page"))
+    with pytest.raises(FetchError, match=r"all files of some/one are wanted, which needs huggingface_hub"):
+        fetch.fetch("mine", Weights(hub="some/one", snapshot=True))
 
 
 def test_a_folder_with_parts_alone_is_not_found(tmp_path):
     folder = tmp_path / "home" / "mine"
     folder.mkdir(parents=True)
     (folder / "model.pt.part").write_bytes(b"1")
-    assert fetch.find("mine", Weights(hub="some/one")) is None
+    assert fetch.find("mine", Weights(hub="some/one", snapshot=True)) is None
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"1")
-    assert fetch.find("mine", Weights(hub="some/one")) == folder
+    assert fetch.find("mine", Weights(hub="some/one", snapshot=True)) == folder
 
 
 def test_huggingface_hub_where_it_is(monkeypatch, tmp_path):
@@ -264,7 +274,8 @@ def test_huggingface_hub_where_it_is(monkeypatch, tmp_path):
             file.write(CONTENT)
         return place
 
-    def snapshot_download(repo_id, local_dir):
+    def snapshot_download(repo_id, local_dir, allow_patterns):
+        assert "*.safetensors" in allow_patterns
         calls.append((repo_id, None))
         hf_hub_download(repo_id, "a/config.json", local_dir)
 
@@ -285,5 +296,10 @@ def test_huggingface_hub_where_it_is(monkeypatch, tmp_path):
     assert not place.exists()
     with pytest.raises(FetchError, match=r"could not get gone of some/one: Entry Not Found$"):
         fetch.fetch("mine", one, file="gone")
-    assert fetch.fetch("all", Weights(hub="some/all")) == tmp_path / "home/all"
+    every = Weights(hub="some/all", snapshot=True)
+    assert fetch.fetch("all", every) == tmp_path / "home/all" == fetch.find("all", every)
     assert (tmp_path / "home/all/a/config.json").is_file()
+    assert not (tmp_path / "home/all.part").exists()
+    asked = len(calls)
+    assert fetch.fetch("all", every) == tmp_path / "home/all"
+    assert len(calls) == asked

@@ -11,7 +11,7 @@ from semisam import specialists
 from semisam.engine.config import Config, ConfigError, differences
 from semisam.engine.config import load as load_config
 
-__all__ = ["TrainingError", "build_term", "check_data", "check_folder", "check_patch"]
+__all__ = ["TrainingError", "build_term", "check_data", "check_folder", "check_patch", "overlaps"]
 
 MAY_CHANGE = {
     *("data.root", "data.workers", "data.cache", "train.device"),
@@ -63,6 +63,40 @@ def build_term(config: Config, spatial_dims: int | None = None, classes: int = 1
         except ValueError as error:
             raise ConfigError(f"term.generalists: {error}") from error
     return built
+
+
+def overlaps(term: Any, case_set: Any) -> list[str]:
+    """Return one sentence for each generalist that was trained on the data set that a folder's names tell of.
+
+    The names are those of the folder, of the one above it, and in dataset.json.
+
+    >>> from types import SimpleNamespace
+    >>> from pathlib import Path
+    >>> from semisam.engine import setup
+    >>> from semisam.term import SemiSAMTerm
+    >>> setup.overlaps(SemiSAMTerm(total_steps=9), SimpleNamespace(root=Path("Task04_Hippocampus")))
+    []
+    """
+    from semisam.generalists import benchmarks  # noqa: PLC0415
+
+    root = Path(case_set.root).absolute()
+    names = [root.name, root.parent.name]
+    try:
+        content = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
+        names.append(str(content.get("name", "")))
+    except (OSError, ValueError, AttributeError):
+        pass  # not there, or told of by `check`
+    found = []
+    for name, generalist in term.generalists.items():
+        for key in benchmarks.recognise(names):
+            state, how = benchmarks.overlap(generalist.spec, key)
+            if state in ("yes", "related"):
+                what = "was trained on" if state == "yes" else "may have been trained on part of"
+                found.append(
+                    f"{name} {what} {key} ({how}), which this data set seems to be: what it teaches there "
+                    "says little about other data"
+                )
+    return found
 
 
 def check_folder(out: Path, config: Config, resume: bool) -> None:

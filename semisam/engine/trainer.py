@@ -31,7 +31,7 @@ from semisam.engine.files import Table, write_json, write_text
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress, say
 from semisam.engine.sampling import PatchSource
-from semisam.engine.setup import TrainingError, build_term, check_data, check_folder, check_patch
+from semisam.engine.setup import TrainingError, build_term, check_data, check_folder, check_patch, overlaps
 from semisam.engine.stepper import NotFinite, Stepper, fabric_for
 
 __all__ = ["CheckpointError", "Interrupted", "Loaded", "Run", "TrainingError", "load", "train"]
@@ -178,8 +178,10 @@ class _Training:
         )
         self.meta["spacing"] = self.source.spacing and list(self.source.spacing)
         self.term: Any = None
+        self.overlaps: list[str] = []
         if methods.needs_term(config.method.name):
             self.term = build_term(config, case_set.spatial_dims, self.meta["num_classes"] - 1)
+            self.overlaps = overlaps(self.term, case_set)
         self.method = methods.build(
             *(config.method, student),
             num_classes=self.meta["num_classes"],
@@ -296,6 +298,7 @@ class _Training:
                 "sha256": self.digests,
                 "start_weights": weights and {"path": weights, "sha256": record.sha256(Path(weights))},
                 "generalist_weights": self._generalist_weights(),
+                "generalist_overlaps": self.overlaps,
                 "steps": self.done,
                 "finished": finished,
                 "best": self.meta["best"],
@@ -307,13 +310,14 @@ class _Training:
         """The files that generalists were given, by name, with their hashes; one per file of a folder."""
         if self.term is None:
             return {}
-        made = dict(zip(self.config.term.generalists, self.term.generalists.values(), strict=True))
         found: dict[str, dict[str, Any]] = {}
-        for name, options in self.config.term.generalist_options.items():
-            given = options.get("checkpoint")
+        for name, made in zip(self.config.term.generalists, self.term.generalists.values(), strict=True):
+            files = tuple(getattr(made, "files", ()))
+            options = self.config.term.generalist_options.get(name, {})
+            given = options.get("checkpoint") or (files and files[0]) or ""
             if given:
-                files = getattr(made[name], "files", None)
-                hashed = {f.name: record.sha256(f) for f in files} if files else record.sha256(Path(given))
+                single = Path(given).is_file()
+                hashed = record.sha256(Path(given)) if single else {f.name: record.sha256(f) for f in files}
                 found[name] = {"path": str(given), "sha256": hashed}
         return found
 
@@ -321,6 +325,9 @@ class _Training:
         last = self.out / "last.ckpt"
         self.fabric.barrier()
         if not last.exists():
+            if self.first:
+                for text in self.overlaps:
+                    say(f"warning: {text}")
             if self.term is not None and self.config.term.gate:
                 self._calibrate()
             self._save("last")

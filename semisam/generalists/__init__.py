@@ -8,9 +8,10 @@ import importlib
 import inspect
 from typing import Any
 
+from semisam import fetch
 from semisam.generalists.protocol import Decoded, Generalist, GeneralistSpec
 
-__all__ = ["GENERALISTS", "Decoded", "Generalist", "GeneralistSpec", "as_generalist", "build"]
+__all__ = ["GENERALISTS", "Decoded", "Generalist", "GeneralistSpec", "as_generalist", "build", "class_of"]
 
 GENERALISTS: dict[str, str] = {
     "random-walker": "semisam.generalists.random_walker.RandomWalker",
@@ -33,9 +34,33 @@ def build(name: str, /, **options: Any) -> Any:
     for an unknown name (with the nearest known one) or a path that leads nowhere, TypeError for options that
     the class does not have and for a result that is no `Generalist`.
 
+    A name whose weights are in `semisam.fetch.home()` needs no `checkpoint`.
+
     >>> from semisam import generalists
     >>> generalists.build("random-walker", gamma=0.1).spec.default_mode
     'mask'
+    """
+    maker = class_of(name)
+    weights = getattr(getattr(maker, "spec", None), "weights", None)
+    if name not in GENERALISTS or weights is None or options.keys() & {"checkpoint", "network", "model"}:
+        return _made(name, maker, options)
+    found = fetch.find(name, weights)
+    if found is not None:
+        return _made(name, maker, {"checkpoint": found, **options})
+    try:
+        return _made(name, maker, options)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; none is in {fetch.home() / name}, where `semisam fetch {name}` would put it"
+        ) from None
+
+
+def class_of(name: str) -> Any:
+    """Return what a name of `GENERALISTS` or a dotted path stands for; the errors are those of `build`.
+
+    >>> from semisam import generalists
+    >>> generalists.class_of("random-walker").spec.spatial_dims
+    (2, 3)
     """
     path = GENERALISTS.get(name, name)
     module, _, attribute = path.replace(":", ".").rpartition(".")
@@ -46,13 +71,16 @@ def build(name: str, /, **options: Any) -> Any:
             f"package.module.Class, got {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
     try:
-        maker = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, but something that it needs is not
         raise ValueError(f"build(): name: expected an importable path, got {name!r}: {error}") from None
     except AttributeError:
         raise ValueError(f"build(): name: {module} has no {attribute!r}, got {name!r}") from None
+
+
+def _made(name: str, maker: Any, options: dict[str, Any]) -> Any:
     segments = not inspect.isclass(maker) and _takes_two(maker)
     made = as_generalist(maker, **options) if segments else maker(**options)
     if not isinstance(made, Generalist):

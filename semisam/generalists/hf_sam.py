@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from semisam import ops, prompts, weights
+from semisam.fetch import Weights
 from semisam.generalists import sam_names
 from semisam.generalists.precision import autocast, check_precision
 from semisam.generalists.protocol import Decoded, GeneralistSpec
@@ -87,6 +88,12 @@ class Sam:
         training_sets=("SA-1B (natural images)",),
         paper="arXiv 2304.02643",
         slice_axis=0,
+        packages=("torch", "transformers"),
+        extra="hf",
+        weights=Weights(
+            "facebook/sam-vit-base", snapshot=True, page="https://huggingface.co/facebook/sam-vit-base"
+        ),
+        training_list="published",
     )
     model_class: ClassVar[str] = "SamModel"
     model_types: ClassVar[tuple[str, ...]] = ("sam",)
@@ -341,6 +348,9 @@ class Sam2(Sam):
         name="sam2",
         training_sets=("SA-1B (natural images)", "SA-V (videos)"),
         paper="arXiv 2408.00714",
+        weights=Weights(
+            hub="facebook/sam2.1-hiera-tiny", page="https://huggingface.co/facebook/sam2.1-hiera-tiny"
+        ),
     )
     model_class = "Sam2Model"
     model_types = ("sam2", "sam2_video")
@@ -370,6 +380,7 @@ class Sam3(Sam):
         licence="SAM License (see its repository, which asks for consent)",
         training_sets=("SA-1B (natural images)", "SA-V (videos)", "SA-Co"),
         paper="arXiv 2511.16719",
+        weights=Weights("facebook/sam3", snapshot=True, page="https://huggingface.co/facebook/sam3"),
     )
     model_class = "Sam3TrackerModel"
     model_types = ("sam3_tracker", "sam3_tracker_video", "sam3_video")
@@ -399,6 +410,10 @@ class MedSam(Sam):
         default_mode="box",
         training_sets=("1.57 million image-mask pairs of public medical data sets",),
         paper="arXiv 2304.12306",
+        weights=Weights(
+            "wanglab/medsam-vit-base", snapshot=True, page="https://huggingface.co/wanglab/medsam-vit-base"
+        ),
+        training_list="",
     )
     repository = "wanglab/medsam-vit-base"
     keep_aspect = False

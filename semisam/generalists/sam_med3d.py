@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from semisam import ops, prompts, weights
+from semisam.fetch import Weights
 from semisam.generalists.protocol import Decoded, GeneralistSpec
 from semisam.generalists.sam_med3d_network import SamMed3DNetwork
 from semisam.prompts import PromptBatch
@@ -21,6 +22,22 @@ from semisam.prompts import PromptBatch
 __all__ = ["CubeState", "SamMed3D", "SamMed3DTurbo", "SegAnyPET"]
 
 _UNASKED = -10.0  # the logit of rows that were not asked for
+_SEEN = {  # utils/data_paths.py of the repository
+    "LA": "related: LAScarQS 2022 and decathlon task 2: left atria in MRI, in part of the same hospital",
+    "Hippocampus": "as MSD04_Hippocampus",
+    "MSD Heart": "as MSD02_Heart",
+    "MSD Prostate": "as MSD05_Prostate",
+    "MSD Pancreas": "as MSD07_Pancreas",
+    "MSD Spleen": "as MSD09_Spleen",
+    "BTCV": "as BTCV_Abdomen",
+    "AMOS": "as AMOS2022, CT and MRI",
+    "FLARE": "as FLARE21",
+    "WORD": "as WORD",
+    "LiTS": "as LITS",
+    "TotalSegmentator": "as Totalsegmentator_dataset",
+    "BraTS": "as BraTS2021 and BrainTumour",
+    "PROMISE12": "as PROMISE12",
+}
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,6 +92,11 @@ class SamMed3D:
         licence="Apache-2.0 (its repository; data sets have terms of their own)",
         training_sets=("SA-Med3D-140K: 70 public data sets and licensed private cases",),
         paper="arXiv 2310.15161",
+        packages=("torch",),
+        extra="torch",
+        weights=Weights(page="https://github.com/uni-medical/SAM-Med3D"),
+        overlaps=_SEEN,
+        training_list="published",
     )
 
     def __init__(
@@ -100,6 +122,7 @@ class SamMed3D:
             )
         if resample_mm is not None and not 0 < resample_mm < float("inf"):
             raise ValueError(f"{who}(): resample_mm: expected a positive number or None, got {resample_mm}")
+        self.files: tuple[Path, ...] = () if checkpoint is None else (Path(checkpoint),)
         if checkpoint is not None:
             network = SamMed3DNetwork()
             weights.load(network, Path(checkpoint), who, name="checkpoint", rest=True)
@@ -278,7 +301,17 @@ class SamMed3DTurbo(SamMed3D):
     ('sam-med3d-turbo', 'mixed')
     """
 
-    spec = replace(SamMed3D.spec, name="sam-med3d-turbo")
+    spec = replace(
+        SamMed3D.spec,
+        name="sam-med3d-turbo",
+        training_sets=(*SamMed3D.spec.training_sets, "fine-tuned on 44 of them"),
+        weights=Weights(
+            hub="blueyo0/SAM-Med3D",
+            files=("sam_med3d_turbo.pth",),
+            page="https://huggingface.co/blueyo0/SAM-Med3D",
+        ),
+        overlaps=_SEEN | {"KiTS": "as KiTS and KiTS2021", "FLARE": "as FLARE21 and FLARE22"},
+    )
 
 
 class SegAnyPET(SamMed3D):
@@ -297,6 +330,11 @@ class SegAnyPET(SamMed3D):
         licence="see its repository",
         training_sets=("PETS-5k (private PET scans)",),
         paper="arXiv 2502.14351",
+        weights=Weights(
+            hub="YichiZhang98/SegAnyPET", page="https://huggingface.co/YichiZhang98/SegAnyPET/tree/main"
+        ),
+        overlaps={},
+        training_list="",
     )
 
 
