@@ -252,8 +252,9 @@ class _Dialogue:
             rule=s["rule"],
             skip=~active,
         )
-        handed = low if "mask" in self.takes else None
-        self.batch = self.batch.append(point, label, s["click_memory"], handed)
+        # Without a mask prompt its clicks are all that a generalist knows of the rounds before.
+        memory, handed = (s["click_memory"], low) if "mask" in self.takes else ("all", None)
+        self.batch = self.batch.append(point, label, memory, handed)
         self.clicks = self.clicks.append(point, label, "all")
         return label >= 0
 

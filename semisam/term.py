@@ -136,10 +136,10 @@ class SemiSAMTerm:
     Prompts, from the teacher's probability of each foreground class (`semisam.prompts`): `mode` "point"
     (`clicks` rounds, last answer used), "unc" (all late answers used), "mask" (one round, mask prompt),
     "mixed" ("unc" with the mask prompt as round 0) or "box", for all or one per generalist; `rule` "ritm" or
-    "random" (None: RITM in rounds 0 and 1, then random); `click_memory` "last" or "all"; `tau_p`,
-    `threshold`, `p_min`, `prompt_lcc`: `specialist_targets`; `box`: give the target's box, too, enlarged
-    by `box_margin`, to generalists that take one; `seed` with (step, sample id, class, round) decides
-    every click.
+    "random" (None: RITM in rounds 0 and 1, then random); `click_memory` "last" or "all" (always so where a
+    generalist takes no mask prompt); `tau_p`, `threshold`, `p_min`, `prompt_lcc`: `specialist_targets`;
+    `box`: give the target's box, too, enlarged by `box_margin`, to generalists that take one; `seed` with
+    (step, sample id, class, round) decides every click.
 
     Pseudo-label (`semisam.fusion`): `target` "soft" or "hard", `label_rounds` and `doubt_rounds` "late",
     "last", "all"; `unc`, `weight`, `kappa`; `tau_c`, `tau_u` for hard targets (and `weight="gate"`);

@@ -12,7 +12,7 @@ import torch
 from generalist_fakes import Fake
 
 from semisam import generalists, prompts, random_walk
-from semisam.generalists import Decoded, Generalist, GeneralistSpec, build, hf_sam
+from semisam.generalists import Decoded, Generalist, GeneralistSpec, build
 from semisam.generalists.random_walker import RandomWalker
 from semisam.generalists.sam_med3d_network import Architecture, SamMed3DNetwork
 from semisam.prompts import PromptBatch
@@ -45,11 +45,10 @@ def dice(a, b):
 
 def test_every_registered_generalist_keeps_the_protocol():
     for name, path in generalists.GENERALISTS.items():
-        if "hf_sam" in path:  # made in its own tests: its models come from another library
-            made = getattr(hf_sam, path.rpartition(".")[2])
-        else:
-            options = {"network": SamMed3DNetwork(Architecture.small())} if "med3d" in path else {}
-            made = build(name, **options)
+        if "sam_med3d" in path:
+            made = build(name, network=SamMed3DNetwork(Architecture.small()))
+        else:  # the others are made in tests of their own: their models come from other libraries
+            made = build(name) if name == "random-walker" else generalists.class_of(name)
         assert made.spec.name == name
         assert isinstance(made, Generalist)
         assert isinstance(made.spec, GeneralistSpec)

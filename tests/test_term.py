@@ -1264,8 +1264,12 @@ def test_budget():
         warnings.simplefilter("error")
         value = patient(images, student(prob), prob, step=STEP)
         assert patient.diagnostics["slow"] == {}
-    with pytest.warns(RuntimeWarning, match=r"fake: took .* s at step 500, budget 1e-09 s"):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         assert hurried(images, student(prob), prob, step=STEP) == value  # slow, and used all the same
+    for name, warning in zip(("fake", "fake-2"), told, strict=True):
+        assert str(warning.message).startswith(f"SemiSAMTerm(): {name}: took ")
+        assert str(warning.message).endswith(" s at step 500, budget 1e-09 s")
     assert set(hurried.diagnostics["slow"]) == {"fake", "fake-2"}
     with pytest.raises(ValueError, match="budget: expected a positive number of seconds, got 0"):
         make(Fake(truth), budget=0)

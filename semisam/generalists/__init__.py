@@ -22,6 +22,8 @@ GENERALISTS: dict[str, str] = {
     "sam2": "semisam.generalists.hf_sam.Sam2",
     "sam3": "semisam.generalists.hf_sam.Sam3",
     "medsam": "semisam.generalists.hf_sam.MedSam",
+    "vista3d": "semisam.generalists.vista3d.Vista3D",
+    "nninteractive": "semisam.generalists.nninteractive.NnInteractive",
 }
 """Names that `build` knows, and where their classes are."""
 
@@ -42,7 +44,7 @@ def build(name: str, /, **options: Any) -> Any:
     """
     maker = class_of(name)
     weights = getattr(getattr(maker, "spec", None), "weights", None)
-    if name not in GENERALISTS or weights is None or options.keys() & {"checkpoint", "network", "model"}:
+    if name not in GENERALISTS or weights is None or options.keys() & _SOURCES:
         return _made(name, maker, options)
     found = fetch.find(name, weights)
     if found is not None:
@@ -128,4 +130,5 @@ def _takes_two(function: Any, *, exactly: bool = True) -> bool:
     return len(needed) == 2 or not exactly
 
 
+_SOURCES = {"checkpoint", "network", "model", "session"}  # options that say where a model comes from
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
