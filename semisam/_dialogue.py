@@ -84,16 +84,17 @@ class Slot:
             spec.slice_axis if dims == 3 and 3 not in spec.spatial_dims and 2 in spec.spatial_dims else None
         )
 
-    def ask(self, request: Request, settings: Mapping[str, Any], *, parts: bool = False) -> Answers:
+    def ask(self, request: Request, settings: Mapping[str, Any], *, whole: bool = True) -> Answers:
         """All rounds; a row that has converged or failed keeps its last answer and is not asked again.
 
-        `parts`: the images are slices, in which the same number everywhere is an answer.
+        The same number everywhere is no answer to learn from. With `whole=False` it is one: in a slice, and
+        where answers are judged, so that one class without a voxel does not cost the others their score.
         """
         target, _, skip = request.targets
         self.check(tuple(target.shape[2:]), target.shape[1])
         axis = self._slice_axis(target.ndim - 2)
         if axis is not None:
-            return _slice_by_slice(self, request, settings, axis)
+            return _slice_by_slice(self, request, settings, axis, whole)
         if bool(skip.all()):
             nothing = prompts.PromptBatch.empty(len(target), target.shape[1], target.shape[2:], target)
             return Answers([], [0] * len(skip), nothing)
@@ -113,7 +114,7 @@ class Slot:
             decoded = self.generalist.decode(state, dialogue.sent(request.images.device), active)
             logits = decoded.logits.to(target.device, torch.float32)  # waits for a GPU
             seconds += time.perf_counter() - began
-            good = active & _usable(logits, target, active, made.failed, parts)
+            good = active & _usable(logits, target, active, made.failed, whole)
             if not bool(good.any()):
                 break
             active, answered, done = good, answered | good, done + good.any(1)
@@ -133,7 +134,7 @@ class Slot:
         return made
 
 
-def _usable(logits: Any, target: Any, active: Any, failed: dict[str, int], parts: bool) -> Any:
+def _usable(logits: Any, target: Any, active: Any, failed: dict[str, int], whole: bool) -> Any:
     """Rows [B, F] that say something; those asked for that do not are counted, by what is wrong."""
     if tuple(logits.shape) != tuple(target.shape):
         what = f"have shape {tuple(logits.shape)}, expected {tuple(target.shape)}"
@@ -141,14 +142,16 @@ def _usable(logits: Any, target: Any, active: Any, failed: dict[str, int], parts
         return torch.zeros_like(active)
     rows = logits.flatten(2)
     finite = rows.isfinite().all(2)
-    varied = ~finite | (rows != rows[:, :, :1]).any(2) if not parts else torch.ones_like(finite)
+    varied = ~finite | (rows != rows[:, :, :1]).any(2) if whole else torch.ones_like(finite)
     for what, right in (("are not finite", finite), (_SAME, varied)):
         if count := int((active & ~right).sum()):
             failed[what] = failed.get(what, 0) + count
     return finite & varied
 
 
-def _slice_by_slice(slot: Slot, request: Request, settings: Mapping[str, Any], axis: int) -> Answers:
+def _slice_by_slice(
+    slot: Slot, request: Request, settings: Mapping[str, Any], axis: int, whole: bool
+) -> Answers:
     """Ask a 2-D generalist about volumes [B, *, D, H, W]: every slice along `axis` is an image of its own.
 
     Asked are the slices in which the target of a class has a voxel; each has the prompts that the mode makes
@@ -180,7 +183,7 @@ def _slice_by_slice(slot: Slot, request: Request, settings: Mapping[str, Any], a
         [(request.ids[i // depth] * depth + i % depth) % 2**32 for i in kept.tolist()],
         spacing,
     )
-    made = slot.ask(one, settings, parts=True)
+    made = slot.ask(one, settings, whole=False)
 
     def joined_again(values: Any, otherwise: float) -> Any:
         every = torch.full((batch * depth, *values.shape[1:]), otherwise, dtype=values.dtype)
@@ -189,7 +192,7 @@ def _slice_by_slice(slot: Slot, request: Request, settings: Mapping[str, Any], a
         return every.reshape(batch, depth, *values.shape[1:])
 
     silent = torch.zeros_like(volumes.skip)
-    if made.rounds:  # over a whole volume the same number everywhere says nothing
+    if made.rounds and whole:  # over a whole volume the same number everywhere says nothing
         low, high = made.rounds[-1].flatten(2).aminmax(dim=2)
         low = joined_again(torch.where(skip[kept], torch.inf, low), torch.inf).amin(1)
         high = joined_again(torch.where(skip[kept], -torch.inf, high), -torch.inf).amax(1)

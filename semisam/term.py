@@ -541,7 +541,7 @@ class SemiSAMTerm:
         found = {MASK: mask, LARGEST: largest_components(mask, classes)}
         request = self._request(image, prob, 0, [number], spacing)
         for slot in self._slots:
-            answers = slot.ask(request, self.settings)
+            answers = slot.ask(request, self.settings, whole=False)
             self._note(slot.name, answers, 0)
             found[slot.name] = torch.zeros_like(mask)
             if any(answers.done):

@@ -1257,6 +1257,25 @@ def test_a_gate_shuts_on_a_source_that_says_nothing():
     assert found["choice"]["fake"] != "fake"
 
 
+def test_a_class_without_a_voxel_does_not_cost_the_others_their_score():
+    """In the gate the same number everywhere is an answer; in a step that sample is left out."""
+    images, truth, prob = scene(classes=3, batch=1)
+
+    def says(logits):
+        logits[:, 1] = -10.0
+        return logits
+
+    term = make(Told(truth, says), mode="mask")
+    label = (truth[:, 0] + 2 * truth[:, 1].int()).byte()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = term.calibrate(images, prob, label)
+    assert found["per_class"]["fake"] == [1.0, 0.0]
+    term.gate.choice["fake"] = "fake"
+    with pytest.warns(RuntimeWarning, match="1 answers are the same"):
+        assert term(images, student(prob), prob, step=STEP) == 0
+
+
 def test_budget():
     images, truth, prob = scene()
     patient, hurried = make(Fake(truth), budget=1e6), make([Fake(truth), Fake(truth)], budget=1e-9)
