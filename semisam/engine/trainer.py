@@ -181,6 +181,8 @@ class _Training:
             total_steps=config.train.steps,
             seed=config.train.seed,
             term=self.term,
+            channels=case_set.channels,
+            spatial_dims=case_set.spatial_dims,
         )
         self.stepper = Stepper(self.fabric, config.train, self.method, config.train.steps)
         self.done = 0
@@ -329,7 +331,7 @@ class _Training:
 
     def _open_tables(self) -> None:
         classes = ("step", "candidate", "class", "dice", "chosen")
-        losses = [*self.method.terms] if self.split.unlabeled else ["ce", "dice"]
+        losses = [*self.method.terms, *self.method.measures] if self.split.unlabeled else ["ce", "dice"]
         log = ("step", "loss", *losses, "lr", "seconds", *(DIAGNOSTICS if self.term is not None else ()))
         columns = {"log": log}
         if self.split.validation:
@@ -364,7 +366,7 @@ class _Training:
 
     def _log(self, values: dict[str, float]) -> None:
         if self.done == 1 or self._due(self.config.train.log_every):
-            row = {**values, "seconds": round(self.meta["seconds"], 3)}
+            row = {**values, **self.method.measured, "seconds": round(self.meta["seconds"], 3)}
             if self.term is not None:
                 row |= {name: self.term.diagnostics.get(name.removeprefix("term_")) for name in DIAGNOSTICS}
             self.tables["log"].add(step=self.done, **row)
@@ -443,14 +445,13 @@ class _Training:
 
     def _score_generalists(self, batch: Any) -> None:
         """Keep the generalists' reliabilities up to date, on disturbed labeled patches."""
-        if self.first and self.method.teacher is not None:
+        if self.first:
             random = np.random.default_rng([self.config.train.seed, self.done])
             labeled = batch.image[: batch.labeled].numpy()
             copies = [gate.disturbed(image, None, random, rotate=False)[0] for image in labeled]
             images = torch.from_numpy(np.stack(copies))
             with self.fabric.autocast():
-                teacher: Any = self.method
-                probs = teacher.teacher_probabilities(images.to(self.fabric.device)).cpu()
+                probs = self.method.prompt_probabilities(images.to(self.fabric.device)).cpu()
             self._log_gate(self.term.score(images, probs, batch.label, batch.spacing))
         self._share_term()
 
