@@ -86,7 +86,7 @@ LAYERS = [
     {"ops"},
     {"_backend", "losses", "fusion", "masks", "prompts", "metrics", "random_walk", "schedules", "weights"},
     {"specialists", "generalists"},
-    {"gate", "_dialogue", "term"},
+    {"gate", "_dialogue", "term", "published"},
     {"methods"},
     {"engine"},
     {"commands", "cli"},

@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 
+PUBLISHED = "published"
+"""The preset that does wrong on purpose."""
+
+
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type or out of range; the text names its key."""
 
@@ -90,7 +94,11 @@ class MethodConfig:
 
 @dataclass
 class TermConfig:
-    """The generalist's term; None takes the preset's value, other names go to `SemiSAMTerm` as they are."""
+    """The generalist's term; None takes the preset's value, other names go to `SemiSAMTerm` as they are.
+
+    `preset` "published" is the leaky reference, `semisam.published.PublishedTerm`: it does wrong on purpose,
+    and opens labels of unlabeled scans (`options.defects`, default all of them).
+    """
 
     generalists: list[str] = field(default_factory=lambda: ["random-walker"])
     preset: str = "plus"
@@ -402,6 +410,10 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"train.labeled_batch: expected less than train.batch_size ({train.batch_size}), as "
             f"{config.method.name} learns from unlabeled patches too, got {train.labeled_batch}"
+        )
+    if config.term.preset == PUBLISHED and config.term.gate and methods.needs_term(config.method.name):
+        raise ConfigError(
+            "term.gate: expected false with the preset 'published', as the published scripts have no gate"
         )
     _check_patch(config)
     if train.schedule == "step" and sorted(set(train.milestones)) != train.milestones:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from semisam import specialists
-from semisam.engine.config import Config, ConfigError, differences
+from semisam.engine.config import PUBLISHED, Config, ConfigError, differences
 from semisam.engine.config import load as load_config
 
 __all__ = ["TrainingError", "build_term", "check_data", "check_folder", "check_patch"]
@@ -32,6 +33,7 @@ def build_term(config: Config) -> Any:
     1.0
     """
     from semisam import generalists  # noqa: PLC0415
+    from semisam.published import PublishedTerm  # noqa: PLC0415
     from semisam.term import SemiSAMTerm  # noqa: PLC0415
 
     term = config.term
@@ -41,18 +43,19 @@ def build_term(config: Config) -> Any:
             f"term.generalist_options: expected names of term.generalists ({', '.join(term.generalists)}), "
             f"got {', '.join(sorted(unknown))}"
         )
+    makers = [
+        functools.partial(generalists.build, n, **term.generalist_options.get(n, {}))
+        for n in term.generalists
+    ]
     try:
-        made = [generalists.build(n, **term.generalist_options.get(n, {})) for n in term.generalists]
+        made = [make() for make in makers]
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"term.generalists: {error}") from error
+    course: dict[str, Any] = {"total_steps": config.train.steps, "seed": config.train.seed}
     try:
-        return SemiSAMTerm(
-            made,
-            preset=term.preset,
-            total_steps=config.train.steps,
-            seed=config.train.seed,
-            **term.options,
-        )
+        if term.preset == PUBLISHED:
+            return PublishedTerm(made, makers=makers, **course, **term.options)
+        return SemiSAMTerm(made, preset=term.preset, **course, **term.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"term.options: {error}") from error
 

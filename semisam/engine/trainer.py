@@ -30,6 +30,7 @@ from semisam.engine.config import Config, check, dump
 from semisam.engine.files import Table, write_json, write_text
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress, say
+from semisam.engine.published import LeakedLabels
 from semisam.engine.sampling import PatchSource
 from semisam.engine.setup import TrainingError, build_term, check_data, check_folder, check_patch
 from semisam.engine.stepper import NotFinite, Stepper, fabric_for
@@ -175,6 +176,7 @@ class _Training:
         )
         self.meta["spacing"] = self.source.spacing and list(self.source.spacing)
         self.term: Any = build_term(config) if methods.needs_term(config.method.name) else None
+        self._open_labels(case_set)
         self.method = methods.build(
             *(config.method, student),
             num_classes=self.meta["num_classes"],
@@ -187,6 +189,24 @@ class _Training:
         self.stepper = Stepper(self.fabric, config.train, self.method, config.train.steps)
         self.done = 0
         self._open_folder(command)
+
+    def _open_labels(self, case_set: CaseSet) -> None:
+        """For the leaky reference, and loudly."""
+        defects = getattr(self.term, "defects", None)
+        if defects is None:
+            return
+        self.meta["defects"] = list(defects.numbers)
+        if self.first:
+            say(
+                "WARNING: the preset 'published' does wrong on purpose; its results must not be reported as a"
+            )
+            say(f"WARNING: method's. Defects that are on: {', '.join(defects.numbers) or 'none'}")
+            for sentence in defects.sentences:
+                say(f"WARNING: {sentence}")
+        if defects.label_clicks:
+            if self.first:
+                say("WARNING: labels of unlabeled scans are opened")
+            self.term.open_labels(LeakedLabels(self.config, case_set, self.split, self.preprocessing))
 
     # ---- the loop -------------------------------------------------------------------------------
 
