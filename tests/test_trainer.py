@@ -20,16 +20,19 @@ import pytest
 import torch
 from conftest import data_dir
 
-from semisam import specialists
+from semisam import methods, specialists
 from semisam.cli import main
 from semisam.engine import checkpoint, config, gate, record, trainer
-from semisam.engine.cases import find_cases
+from semisam.engine.cases import CaseError, find_cases
 from semisam.engine.cases import split as make_split
 from semisam.engine.files import Table, atomic, read_table, write_text
 from semisam.engine.phantom import write_phantoms
+from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress
+from semisam.engine.published import LeakedLabels
 from semisam.engine.sampling import PatchSource
 from semisam.engine.stepper import Stepper, fabric_for
+from semisam.term import SemiSAMTerm
 
 TINY = {
     "specialist.options": {"channels": [4, 8]},
@@ -256,6 +259,56 @@ def test_real_scans(tmp_path, name, classes):
     assert len(sums) == 2 * 2 + 2 + 2 * made.data.validation + 1
 
 
+MODES_OF_ALL = ("unc", "point", "mask", "mixed")
+
+
+@pytest.fixture(scope="module", params=["hippocampus", "la"])
+def real_patches(request):
+    """Two batches of small patches of real scans, and the number of classes."""
+    name = request.param
+    made = settings(data_dir(name), data__labeled=1, data__unlabeled=1, data__validation=0, data__test=0)
+    made.train.batch_size, made.train.labeled_batch, made.train.augment = 2, 1, False
+    made.train.patch_size = [24, 32, 24]
+    found = find_cases(made.data.root)
+    roles = make_split(found, made.data)
+    classes = len(roles.class_names)
+    preparation = Preprocessing.of(made, 3)
+    return classes, [PatchSource(roles, preparation, made.train, made.data, classes).batch(k) for k in (0, 1)]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("mode", MODES_OF_ALL)
+@pytest.mark.parametrize("base", ["mean-teacher", "ua-mt", "dan"])
+def test_every_method_trains_with_every_mode_on_real_scans(real_patches, base, mode):
+    """Two steps by the trainer's stepper: finite, and the term moves the student and nothing else."""
+    classes, batches = real_patches
+    torch.manual_seed(0)
+    student = specialists.build("unet3d", in_channels=1, num_classes=classes, channels=[4, 8])
+    options = {"mc_passes": 2, "discriminator_channels": [4, 8]}
+    method = methods.build(
+        *(config.MethodConfig(f"semisam-{base}", **options), student),
+        num_classes=classes,
+        total_steps=4,
+        term=SemiSAMTerm(total_steps=4, mode=mode, clicks=2, warmup=0.0, sample_gate=0.0),
+    )
+    losses = method.losses(batches[0], 0)
+    assert method.term.diagnostics["called"]
+    assert losses["semisam"] > 0
+    losses["semisam"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in student.parameters())
+    others = [*(method.teacher.parameters() if method.teacher is not None else ())]
+    others += [*(method.discriminator.parameters() if base == "dan" else ())]
+    assert others
+    assert all(p.grad is None for p in others)
+    train = config.TrainConfig(device="cpu", precision="32")
+    stepper = Stepper(fabric_for(train), train, method, 4)
+    before = student.final.weight.detach().clone()
+    for step, batch in enumerate(batches):
+        assert np.isfinite(list(stepper.step(step, [batch]).values())).all()
+    assert not torch.equal(student.final.weight, before)
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
 # ---- nothing leaks ------------------------------------------------------------------------------
 
 
@@ -278,6 +331,66 @@ def test_labels_of_unlabeled_cases_are_never_opened(data, whole, tmp_path):
         trainer.train(made, tmp_path / f"run-{what}")
         assert losses(tmp_path / f"run-{what}") == losses(whole)
         assert same(weights(tmp_path / f"run-{what}"), weights(whole))
+
+
+@pytest.mark.parametrize("number", ["D-01", "D-02", "all"])
+def test_only_d01_of_the_leaky_reference_opens_labels(data, tmp_path, monkeypatch, capsys, number):
+    """Another case's label file is garbage: found out where D-01 is on, and nowhere else."""
+    root = shutil.copytree(data, tmp_path / "data")
+    (hidden,) = [c for c in find_cases(root).cases if c.label is not None][2:3]
+    roles = [c.id for c in find_cases(root).cases if c.label is not None]
+    options = {"defects": [number], "clicks": 2}
+    made = settings(
+        *(root,),
+        data__labeled=roles[:2],
+        data__unlabeled=[hidden.id],
+        data__validation=0,
+        train__steps=2,
+        term__preset="published",
+        term__gate=False,
+        term__options=options,
+    )
+    run = trainer.train(made, tmp_path / "sound").out
+    said = capsys.readouterr()
+    loud = said.out + said.err
+    assert "does wrong on purpose" in loud
+    leaks = number != "D-02"
+    assert ("labels of unlabeled scans are opened" in loud) == leaks
+    assert (number in json.loads((run / "run.json").read_text())["defects"]) == (number != "all")
+    hidden.label.write_bytes(b"not an image")
+    if leaks:
+        with pytest.raises(CaseError, match=hidden.id):
+            trainer.train(made, tmp_path / "damaged")
+    else:
+        assert losses(trainer.train(made, tmp_path / "damaged").out) == losses(run)
+
+
+def test_leaked_labels_are_those_of_the_patches(data):
+    """The images that the same ids give are the batch's, and the labels lie on them."""
+    made = settings(data, data__labeled=1, data__unlabeled=2, data__validation=0)
+    found = find_cases(data)
+    roles = make_split(found, made.data)
+    roles.unlabeled = [c for c in roles.unlabeled if (data / "labelsTr" / f"{c.id}.nii.gz").exists()]
+    preparation = Preprocessing.of(made, 3)
+    leaked = LeakedLabels(made, found, roles, preparation)
+    batch = PatchSource(roles, preparation, made.train, made.data, 2).batch(5)
+    image = batch.image[batch.labeled :, 0].numpy()
+    label = leaked(batch.ids[batch.labeled :])
+    assert label.shape == image.shape
+    assert label.any()
+    for one, organ in zip(image, label, strict=True):
+        assert one[organ == 1].mean() > one[organ == 0].mean()
+
+
+def test_the_leaky_reference_needs_labels_and_no_gate(data, tmp_path):
+    leaky = {"term__preset": "published", "term__gate": False}
+    with pytest.raises(trainer.TrainingError, match=r"D-01 takes its clicks from labels.* has none"):
+        trainer.train(settings(data, **leaky), tmp_path / "r")  # three cases have no label file
+    with pytest.raises(config.ConfigError, match=r"term\.gate: expected false with the preset 'published'"):
+        trainer.train(settings(data, term__preset="published"), tmp_path / "r")
+    with pytest.raises(config.ConfigError, match=r"term\.options: .*got 'D-99'"):
+        trainer.train(settings(data, **leaky, term__options={"defects": ["D-99"]}), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_lam_sam_0_is_mean_teacher(data, tmp_path):
