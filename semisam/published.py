@@ -342,7 +342,7 @@ class PublishedTerm(SemiSAMTerm):
         d = self.defects
         value = self._mapped_loss(logits) if self._mapped else super()._loss(logits)
         if d.divided_by_itself and bool(value.detach() != 0):
-            value = value / value
+            value = value * 0 + 1  # value / value without the rounding that would be left of its gradient
         return value
 
     def _mapped_loss(self, logits: Any) -> Any:
