@@ -315,13 +315,7 @@ class SemiSAMTerm:
             self.last = self._teach(images_u, prob, step, ids, spacing, teacher=teacher_probs is not None)
         if self.last is None:
             return _nothing(logits_u)
-        value = uncertainty_weighted_loss(
-            logits_u.to(home),
-            self.last.target,
-            self.last.weight,
-            loss=self.settings["loss"],
-            min_weight=self.settings["min_weight"],
-        )
+        value = self._loss(logits_u.to(home))
         self.diagnostics["loss"] = float(value.detach())
         return (value * factor).to(logits_u.device)
 
@@ -448,6 +442,17 @@ class SemiSAMTerm:
             fused.label,
             weight,
             fused.uncertainty,
+        )
+
+    def _loss(self, logits: Any) -> Any:
+        """The student's distance to what `last` holds."""
+        assert self.last is not None
+        return uncertainty_weighted_loss(
+            logits,
+            self.last.target,
+            self.last.weight,
+            loss=self.settings["loss"],
+            min_weight=self.settings["min_weight"],
         )
 
     # ---- the gate

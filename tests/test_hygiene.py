@@ -87,7 +87,7 @@ LAYERS = [
     {"_backend", "losses", "fusion", "masks", "prompts", "metrics", "random_walk", "schedules", "weights"},
     {"fetch"},
     {"specialists", "generalists"},
-    {"gate", "_dialogue", "term"},
+    {"gate", "_dialogue", "term", "published"},
     {"methods"},
     {"engine"},
     {"commands", "cli"},

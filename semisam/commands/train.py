@@ -12,7 +12,8 @@ examples:
   semisam train --out runs/first --resume                  continues after a kill, with the same bits
   torchrun --nproc-per-node 2 -m semisam train DATA --out runs/two-gpus
 
-methods: supervised, mean-teacher (mt), ua-mt (uamt), semisam-mean-teacher (semisam-mt), semisam-ua-mt
+methods: supervised, mean-teacher (mt), ua-mt (uamt), dan; with the generalist's term: semisam-mean-teacher
+(semisam-mt), semisam-ua-mt, semisam-dan
 """
 
 from __future__ import annotations

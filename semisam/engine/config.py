@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 
+PUBLISHED = "published"
+"""The preset that does wrong on purpose."""
+
+
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type or out of range; the text names its key."""
 
@@ -69,7 +73,11 @@ class SpecialistConfig:
 
 @dataclass
 class MethodConfig:
-    """The training method: supervised, mean-teacher, ua-mt; semisam-* adds the generalist's term."""
+    """The training method: supervised, mean-teacher, ua-mt, dan; semisam-* adds the generalist's term.
+
+    `consistency_weight` is the weight of whatever a method learns from unlabeled samples; `ema_decay` and
+    `noise` are the teachers', `mc_passes` UA-MT's, the `discriminator_*` DAN's.
+    """
 
     name: str = "semisam-mean-teacher"
     lambda_ce: float = 0.5
@@ -79,11 +87,18 @@ class MethodConfig:
     ema_decay: float = 0.99
     noise: float = 0.1
     mc_passes: int = 8
+    discriminator_channels: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
+    discriminator_lr: float = 1e-4
+    discriminator_dropout: float = 0.5
 
 
 @dataclass
 class TermConfig:
-    """The generalist's term; None takes the preset's value, other names go to `SemiSAMTerm` as they are."""
+    """The generalist's term; None takes the preset's value, other names go to `SemiSAMTerm` as they are.
+
+    `preset` "published" is the leaky reference, `semisam.published.PublishedTerm`: it does wrong on purpose,
+    and opens labels of unlabeled scans (`options.defects`, default all of them).
+    """
 
     generalists: list[str] = field(default_factory=lambda: ["random-walker"])
     preset: str = "plus"
@@ -396,9 +411,26 @@ def check(config: Config) -> None:
             f"train.labeled_batch: expected less than train.batch_size ({train.batch_size}), as "
             f"{config.method.name} learns from unlabeled patches too, got {train.labeled_batch}"
         )
-    if len(train.patch_size) not in (2, 3) or min(train.patch_size) < 1:
-        raise ConfigError(f"train.patch_size: expected 2 or 3 sides in voxels, got {train.patch_size}")
+    if config.term.preset == PUBLISHED and config.term.gate and methods.needs_term(config.method.name):
+        raise ConfigError(
+            "term.gate: expected false with the preset 'published', as the published scripts have no gate"
+        )
+    _check_patch(config)
     if train.schedule == "step" and sorted(set(train.milestones)) != train.milestones:
         raise ConfigError(f"train.milestones: expected increasing steps, got {train.milestones}")
     if methods.needs_term(config.method.name) and not config.term.generalists:
         raise ConfigError("term.generalists: expected at least one name for a semisam method, got none")
+
+
+def _check_patch(config: Config) -> None:
+    from semisam import methods  # noqa: PLC0415
+
+    patch = config.train.patch_size
+    if len(patch) not in (2, 3) or min(patch) < 1:
+        raise ConfigError(f"train.patch_size: expected 2 or 3 sides in voxels, got {patch}")
+    halvings = len(config.method.discriminator_channels)
+    if methods.canonical_name(config.method.name).endswith("dan") and min(patch) < 2**halvings:
+        raise ConfigError(
+            f"train.patch_size: expected sides of at least {2**halvings}, as the discriminator halves the "
+            f"patch {halvings} times (method.discriminator_channels), got {patch}"
+        )

@@ -43,7 +43,9 @@ LOSSES = {
     "ce": "cross-entropy, labeled",
     "dice": "Dice loss, labeled",
     "consistency": "consistency with the teacher",
+    "adversarial": "deceiving the discriminator, unlabeled",
     "semisam": "generalist's term",
+    "discriminator": "the discriminator's own loss",
 }
 TERM_COLUMNS = {
     "term_weight": "weight of the generalist's term",

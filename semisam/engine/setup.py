@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from semisam import specialists
-from semisam.engine.config import Config, ConfigError, differences
+from semisam.engine.config import PUBLISHED, Config, ConfigError, differences
 from semisam.engine.config import load as load_config
 
 __all__ = ["TrainingError", "build_term", "check_data", "check_folder", "check_patch", "overlaps"]
@@ -34,6 +35,7 @@ def build_term(config: Config, spatial_dims: int | None = None, classes: int = 1
     1.0
     """
     from semisam import generalists  # noqa: PLC0415
+    from semisam.published import PublishedTerm  # noqa: PLC0415
     from semisam.term import SemiSAMTerm  # noqa: PLC0415
 
     term = config.term
@@ -43,18 +45,20 @@ def build_term(config: Config, spatial_dims: int | None = None, classes: int = 1
             f"term.generalist_options: expected names of term.generalists ({', '.join(term.generalists)}), "
             f"got {', '.join(sorted(unknown))}"
         )
+    makers = [
+        functools.partial(generalists.build, n, **term.generalist_options.get(n, {}))
+        for n in term.generalists
+    ]
     try:
-        made = [generalists.build(n, **term.generalist_options.get(n, {})) for n in term.generalists]
+        made = [make() for make in makers]
     except (TypeError, ValueError, OSError, ImportError) as error:
         raise ConfigError(f"term.generalists: {error}") from error
+    course: dict[str, Any] = {"total_steps": config.train.steps, "seed": config.train.seed}
     try:
-        built = SemiSAMTerm(
-            made,
-            preset=term.preset,
-            total_steps=config.train.steps,
-            seed=config.train.seed,
-            **term.options,
-        )
+        if term.preset == PUBLISHED:
+            built: SemiSAMTerm = PublishedTerm(made, makers=makers, **course, **term.options)
+        else:
+            built = SemiSAMTerm(made, preset=term.preset, **course, **term.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"term.options: {error}") from error
     if spatial_dims is not None:

@@ -102,8 +102,7 @@ class Stepper:
         self.model = fabric.setup_module(method.student)
         method.forward = self.model
         self._optimizer = fabric.setup_optimizers(self.optimizer)
-        if method.teacher is not None:
-            method.teacher.to(fabric.device)
+        method.to(fabric.device)
 
     @property
     def scaler(self) -> dict[str, Any]:

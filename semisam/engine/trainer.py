@@ -30,6 +30,7 @@ from semisam.engine.config import Config, check, dump
 from semisam.engine.files import Table, write_json, write_text
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress, say
+from semisam.engine.published import LeakedLabels
 from semisam.engine.sampling import PatchSource
 from semisam.engine.setup import TrainingError, build_term, check_data, check_folder, check_patch, overlaps
 from semisam.engine.stepper import NotFinite, Stepper, fabric_for
@@ -182,16 +183,37 @@ class _Training:
         if methods.needs_term(config.method.name):
             self.term = build_term(config, case_set.spatial_dims, self.meta["num_classes"] - 1)
             self.overlaps = overlaps(self.term, case_set)
+        self._open_labels(case_set)
         self.method = methods.build(
             *(config.method, student),
             num_classes=self.meta["num_classes"],
             total_steps=config.train.steps,
             seed=config.train.seed,
             term=self.term,
+            channels=case_set.channels,
+            spatial_dims=case_set.spatial_dims,
         )
         self.stepper = Stepper(self.fabric, config.train, self.method, config.train.steps)
         self.done = 0
         self._open_folder(command)
+
+    def _open_labels(self, case_set: CaseSet) -> None:
+        """For the leaky reference, and loudly."""
+        defects = getattr(self.term, "defects", None)
+        if defects is None:
+            return
+        self.meta["defects"] = list(defects.numbers)
+        if self.first:
+            say(
+                "WARNING: the preset 'published' does wrong on purpose; its results must not be reported as a"
+            )
+            say(f"WARNING: method's. Defects that are on: {', '.join(defects.numbers) or 'none'}")
+            for sentence in defects.sentences:
+                say(f"WARNING: {sentence}")
+        if defects.label_clicks:
+            if self.first:
+                say("WARNING: labels of unlabeled scans are opened")
+            self.term.open_labels(LeakedLabels(self.config, case_set, self.split, self.preprocessing))
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -347,7 +369,7 @@ class _Training:
 
     def _open_tables(self) -> None:
         classes = ("step", "candidate", "class", "dice", "chosen")
-        losses = [*self.method.terms] if self.split.unlabeled else ["ce", "dice"]
+        losses = [*self.method.terms, *self.method.measures] if self.split.unlabeled else ["ce", "dice"]
         log = ("step", "loss", *losses, "lr", "seconds", *(DIAGNOSTICS if self.term is not None else ()))
         columns = {"log": log}
         if self.split.validation:
@@ -382,7 +404,7 @@ class _Training:
 
     def _log(self, values: dict[str, float]) -> None:
         if self.done == 1 or self._due(self.config.train.log_every):
-            row = {**values, "seconds": round(self.meta["seconds"], 3)}
+            row = {**values, **self.method.measured, "seconds": round(self.meta["seconds"], 3)}
             if self.term is not None:
                 found = {name: self.term.diagnostics.get(name.removeprefix("term_")) for name in DIAGNOSTICS}
                 row |= {n: round(v, 3) if n.startswith("term_ms") else v for n, v in found.items()}
@@ -462,14 +484,13 @@ class _Training:
 
     def _score_generalists(self, batch: Any) -> None:
         """Keep the generalists' reliabilities up to date, on disturbed labeled patches."""
-        if self.first and self.method.teacher is not None:
+        if self.first:
             random = np.random.default_rng([self.config.train.seed, self.done])
             labeled = batch.image[: batch.labeled].numpy()
             copies = [gate.disturbed(image, None, random, rotate=False)[0] for image in labeled]
             images = torch.from_numpy(np.stack(copies))
             with self.fabric.autocast():
-                teacher: Any = self.method
-                probs = teacher.teacher_probabilities(images.to(self.fabric.device)).cpu()
+                probs = self.method.prompt_probabilities(images.to(self.fabric.device)).cpu()
             self._log_gate(self.term.score(images, probs, batch.label, batch.spacing))
         self._share_term()
 

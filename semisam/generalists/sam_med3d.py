@@ -61,6 +61,7 @@ class SamMed3D:
     to it; then the voxels above the background `background` (None: each image's minimum; 0 for raw
     intensities) get mean 0 and deviation 1. `resample_mm` (such as 1.5, what the weights were trained on)
     first brings patches of known spacing to that voxel size. Several channels are averaged afterwards.
+    `normalize=False` leaves the intensities as they are, which is not what the weights were trained on.
 
     `precision` "float32", "bfloat16", "float16" or "auto": bfloat16 on GPUs that have it, float16 on other
     GPUs, float32 elsewhere. The network follows the images' device. It is frozen: in evaluation mode,
@@ -107,6 +108,7 @@ class SamMed3D:
         background: float | None = None,
         resample_mm: float | None = None,
         precision: str = "auto",
+        normalize: bool = True,
     ) -> None:
         """Build the network and load the weights once."""
         who = type(self).__name__
@@ -129,6 +131,7 @@ class SamMed3D:
         assert network is not None
         self.network = network.eval().requires_grad_(False)
         self.background, self.resample_mm, self.precision = background, resample_mm, precision
+        self.normalize = normalize
         a = network.architecture
         self.spec = replace(self.spec, mask_size=a.mask_size, input_size=(a.side,) * 3)
 
@@ -221,6 +224,8 @@ class SamMed3D:
         if self.background is not None:
             low = torch.full_like(low, self.background)
         cube = self._into_cube(x, low)
+        if not self.normalize:
+            return cube
         inside = cube > low
         over: dict[str, Any] = {"dim": (1, 2, 3, 4), "keepdim": True, "dtype": torch.float64}
         n = inside.sum(**over)

@@ -61,9 +61,11 @@ class Method:
         L_sup = lambda_ce CE + lambda_dice Dice
 
     over the labeled samples of all ranks jointly, Dice with squared denominators. `config` is a
-    `MethodConfig` (any object with its fields); `student` is the network that is trained, `seed` with
-    (step, sample id) determines all randomness that is not dropout. `forward` is what runs the student
-    and may be replaced by a wrapper of it (the trainer's, for several ranks and mixed precision).
+    `MethodConfig` (any object with its fields); `student` is the network that is trained, on images of
+    `channels` channels and `spatial_dims` axes; `seed` with (step, sample id) determines all randomness that
+    is not dropout. `forward` is what runs the student and may be replaced by a wrapper of it (the
+    trainer's, for several ranks and mixed precision). `measured` are numbers for the log beside the terms,
+    named in `measures`.
 
     Papers: V-Net (arXiv 1606.04797) for Dice.
 
@@ -79,6 +81,7 @@ class Method:
     name = "supervised"
     uses_unlabeled = False
     terms: tuple[str, ...] = ("ce", "dice")
+    measures: tuple[str, ...] = ()
     teacher: nn.Module | None = None
     unlabeled: tuple[Tensor, Tensor]  # images and student's logits that the term saw last
 
@@ -91,6 +94,8 @@ class Method:
         total_steps: int,
         seed: int = 0,
         term: Any = None,
+        channels: int = 1,
+        spatial_dims: int = 3,
     ) -> None:
         if term is not None and not self.uses_unlabeled:
             raise ValueError(f"{self.name}: term: expected None, as no unlabeled image is used, got {term}")
@@ -105,7 +110,10 @@ class Method:
         self.num_classes = num_classes
         self.total_steps = total_steps
         self.seed = seed
+        self.channels = channels
+        self.spatial_dims = spatial_dims
         self.term = term
+        self.measured: dict[str, float] = {}
         if term is not None:
             self.terms = (*self.terms, "semisam")
 
@@ -116,9 +124,27 @@ class Method:
     def after_step(self, step: int) -> None:
         """Do what follows the optimiser's step `step` (from 0)."""
 
+    def to(self, device: Any) -> None:
+        """Bring what the method owns beside the student to a device."""
+        if self.teacher is not None:
+            self.teacher.to(device)
+
     def evaluation_network(self) -> nn.Module:
         """Return the network that the best checkpoint is chosen by: the student, as published."""
         return self.student
+
+    @torch.no_grad()
+    def prompt_probabilities(self, images: Any) -> Any:
+        """Return what prompts are made from, [B, C, *S] float32 without gradient: the student's prediction.
+
+        The student predicts in evaluation mode and is left in the mode that it was in.
+        """
+        before = self.student.training
+        self.student.eval()
+        try:
+            return self.student(images).float().softmax(1)
+        finally:
+            self.student.train(before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what else than student and teacher a resumed run needs: the term's state."""
@@ -128,6 +154,32 @@ class Method:
         """Take up what `state_dict` returned."""
         if self.term is not None:
             self.term.load_state_dict(state["term"])
+
+    def _from_generalists(
+        self, batch: Batch, logits: Tensor, source: Tensor | None, step: int
+    ) -> dict[str, Tensor]:
+        """The generalists' term on the unlabeled samples; `source`: what the prompts are made from.
+
+        `logits` [B, C, *S] are the whole batch's, on the core's device.
+        """
+        if self.term is None:
+            return {}
+        images, ids = batch.image[batch.labeled :], batch.ids[batch.labeled :]
+        probs = self.prompt_probabilities(images) if source is None else source
+        images, ours = on_core(images), logits[batch.labeled :]
+        value = self.term(
+            images, ours, on_core(probs), step=step, sample_ids=list(ids), spacing=batch.spacing
+        )
+        if ranks() > 1:  # it is a mean over the samples that have something to teach
+            found = self.term.diagnostics
+            kept = torch.tensor(float(len(found["weight_share"]) - found["skipped"]))
+            value = value * share_of(kept.to(batch.image.device))
+        self.unlabeled = images, ours.detach()
+        return {"semisam": value}
+
+    def _weight(self, step: int) -> float:
+        """The rising weight of what is learned from unlabeled samples."""
+        return consistency_weight(step, self.total_steps, weight=self.config.consistency_weight)
 
     def _sweep(self, logits: Tensor, batch: Batch, more: dict[str, Term]) -> dict[str, Tensor]:
         """Supervised terms and `more` (on the samples behind the labeled ones), in one sweep over voxels."""
@@ -197,19 +249,7 @@ class TeacherMethod(Method):
         images, ids = batch.image[first:], batch.ids[first:]
         consistency, source = self._consistency(images, ids, step, (first, last))
         losses = self._sweep(logits, batch, {"consistency": consistency})
-        if self.term is not None:
-            probs = source if source is not None else self.teacher_probabilities(images)
-            images = on_core(images)
-            value = self.term(
-                images, logits[first:], on_core(probs), step=step, sample_ids=list(ids), spacing=batch.spacing
-            )
-            if ranks() > 1:  # it is a mean over the samples that have something to teach
-                found = self.term.diagnostics
-                kept = torch.tensor(float(len(found["weight_share"]) - found["skipped"]))
-                value = value * share_of(kept.to(batch.image.device))
-            losses["semisam"] = value
-            self.unlabeled = images, logits[first:].detach()
-        return losses
+        return losses | self._from_generalists(batch, logits, source, step)
 
     def _consistency(
         self, images: Tensor, ids: Sequence[int], step: int, samples: tuple[int, int]
@@ -227,12 +267,9 @@ class TeacherMethod(Method):
             copy.copy_(buffer)
 
     @torch.no_grad()
-    def teacher_probabilities(self, images: Any) -> Any:
+    def prompt_probabilities(self, images: Any) -> Any:
         """Return the teacher's clean prediction [B, C, *S] in evaluation mode, float32, without gradient."""
         return self.teacher(images).float().softmax(1)
-
-    def _weight(self, step: int) -> float:
-        return consistency_weight(step, self.total_steps, weight=self.config.consistency_weight)
 
     def _noisy(self, images: Tensor, ids: Sequence[int], step: int, draw: int) -> Tensor:
         """Images + clip(noise N(0, 1), +-2 noise), the same for a sample whatever rank or batch it is in."""
