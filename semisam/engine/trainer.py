@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from semisam import methods, metrics, specialists
-from semisam.engine import checkpoint, gate, inference, record
+from semisam.engine import checkpoint, gate, inference, offline, record
 from semisam.engine.cases import CaseSet, Split, find_cases, read_image, read_label
 from semisam.engine.cases import split as make_split
 from semisam.engine.checkpoint import CheckpointError, Loaded, load
@@ -175,6 +175,9 @@ class _Training:
         )
         self.meta["spacing"] = self.source.spacing and list(self.source.spacing)
         self.term: Any = build_term(config) if methods.needs_term(config.method.name) else None
+        if self.term is not None and config.term.offline and self.split.unlabeled:
+            soft = self.term.settings["target"] == "soft"
+            self.source.pseudo = offline.PseudoLabels(self.meta["num_classes"], soft=soft)
         self.method = methods.build(
             *(config.method, student),
             num_classes=self.meta["num_classes"],
@@ -194,9 +197,11 @@ class _Training:
         self._restore_or_begin()
         self._open_tables()
         started = time.monotonic() - self.meta["seconds"]
-        batches = self.source.loader(self.done * train.accumulate)
+        batches: Any = None
         steps = range(self.done, total)
         for step in progress(steps, total, "training", initial=self.done, show=self.first):
+            if batches is None or (self.source.pseudo is not None and offline.due(self.config, step)):
+                batches = self._batches_from(step, batches)
             batch = [next(batches) for _ in range(train.accumulate)]
             try:
                 values = self.stepper.step(step, batch)
@@ -216,6 +221,40 @@ class _Training:
             self._record(finished=True)
         self.fabric.barrier()
         return Run(self.out, self.done, self.meta["best"], self.meta["seconds"])
+
+    def _batches_from(self, step: int, before: Any) -> Iterator[Any]:
+        """The batches from a step on; in an offline run with the labels that belong to it."""
+        if before is not None:
+            before.close()
+        if self.source.pseudo is not None:
+            known = offline.last_round(self.config, step)
+            if known == step:
+                self._label_scans(step)
+            if known is not None:
+                offline.read_round(self.source, offline.place_of(self.out, known))
+        return self.source.loader(step * self.config.train.accumulate)
+
+    def _label_scans(self, step: int) -> None:
+        """A round of labels of the whole unlabeled scans; a killed one goes on where it was."""
+        if step:
+            self._save("last")  # from here on the labels of the round before are not needed any more
+        teacher: Any = self.method.teacher
+        other = self.config.term.offline_from
+        if step == 0 and other:
+            teacher = offline.network_from(other, self.meta, self.fabric.device)
+        place = offline.place_of(self.out, step)
+        alone = self.fabric.world_size == 1  # ranks have different numbers of scans
+        offline.label_scans(
+            *(self.config, self.source, teacher, self.term, place, step),
+            fabric=self.fabric,
+            tick=self._stop_if_asked if alone else lambda: None,
+        )
+        self.fabric.barrier()
+        if self.first:
+            rows = offline.write_table(self.source, place)
+            share = sum(row["weight"] for row in rows) / len(rows)
+            say(f"step {step}: {len(rows)} unlabeled scans labeled as wholes, mean weight {share:.3f}")
+        self.fabric.barrier()
 
     def _due(self, every: int) -> bool:
         return self.done % every == 0 or self.done == self.config.train.steps
@@ -291,6 +330,7 @@ class _Training:
                 "sha256": self.digests,
                 "start_weights": weights and {"path": weights, "sha256": record.sha256(Path(weights))},
                 "generalist_weights": self._generalist_weights(),
+                "offline_from": self._offline_from(),
                 "steps": self.done,
                 "finished": finished,
                 "best": self.meta["best"],
@@ -305,6 +345,14 @@ class _Training:
         given = {n: o.get("checkpoint") for n, o in self.config.term.generalist_options.items()}
         files = {n: Path(path) for n, path in given.items() if path}
         return {n: {"path": str(path), "sha256": record.sha256(path)} for n, path in files.items()}
+
+    def _offline_from(self) -> dict[str, str] | None:
+        """The checkpoint of another run that makes the first labels, with its hash."""
+        other = self.config.term.offline_from
+        if self.term is None or not (self.config.term.offline and other):
+            return None
+        path = offline.weights_of(other)
+        return {"path": str(path), "sha256": record.sha256(path)}
 
     def _restore_or_begin(self) -> None:
         last = self.out / "last.ckpt"
