@@ -13,6 +13,7 @@ from torch import nn
 
 from semisam import methods, schedules
 from semisam.engine.config import MethodConfig
+from semisam.losses import uncertainty_weighted_loss
 from semisam.methods.base import Batch, Method, random_key
 from semisam.specialists import UNet3d, VNet
 from semisam.term import SemiSAMTerm
@@ -345,10 +346,10 @@ def test_labels_from_before_take_the_place_of_the_dialogue(name):
     method = build(f"semisam-{name}", network(), term=term)
     batch = batch_of()
     space = batch.image.shape[2:]
-    target = torch.rand(2, 3, *space).softmax(1)
+    target = torch.rand(2, 2, *space).softmax(1)
     pseudo = methods.PseudoLabel(target, torch.rand(2, *space), torch.zeros(2, *space))
     value = method.losses(replace(batch, pseudo=pseudo), 5)["semisam"]
-    logits = method.student(batch.image)[2:]
+    logits = method.unlabeled[1]
     assert not asked
     assert method.unlabeled[0].shape == batch.image[2:].shape
     expected = term.factor(5) * uncertainty_weighted_loss(logits, target, pseudo.weight)

@@ -96,6 +96,7 @@ class TermConfig:
     offline_start: int | None = None  # steps before the first round of them; None: a quarter of the training
     offline_from: str | None = None  # a run folder whose network makes the first round before any step
     refresh: int = 0  # steps from one round to the next; 0: there is one only
+    position_prior: float = 0.0  # of an offline run: how strongly the place of organs in labeled scans counts
 
 
 @dataclass
@@ -356,6 +357,7 @@ _AT_LEAST = {
     "term.gate_steps": 1,
     "term.offline_start": 0,
     "term.refresh": 0,
+    "term.position_prior": 0,
     "train.steps": 1,
     "train.batch_size": 1,
     "train.labeled_batch": 1,
@@ -417,6 +419,11 @@ def _check_term(config: Config) -> None:
     if not term.generalists:
         raise ConfigError("term.generalists: expected at least one name for a semisam method, got none")
     if not term.offline:
+        if term.position_prior:
+            raise ConfigError(
+                "term.position_prior: expected 0 without term.offline: a patch does not know where it lies; "
+                f"got {term.position_prior}"
+            )
         return
     if term.offline_start == 0 and not term.offline_from:
         raise ConfigError(

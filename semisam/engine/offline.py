@@ -28,6 +28,7 @@ import torch
 from semisam.engine import checkpoint, inference
 from semisam.engine.config import Config, dump
 from semisam.engine.files import atomic, write_text
+from semisam.engine.position import PositionPrior
 from semisam.engine.sampling import PatchSource
 from semisam.engine.scans import Case
 from semisam.engine.setup import TrainingError
@@ -162,16 +163,18 @@ def label_scans(
     step: int,
     *,
     fabric: Any,
+    prior: PositionPrior | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> None:
     """Label this rank's share of the unlabeled scans into `place`; what is there and whole is kept.
 
     A file belongs to the network's weights, the settings and the gate that it was made with: another one is
-    made again. `network` is the teacher; every scan is one pass of sliding windows and one dialogue. `tick`
-    is called before every scan and may raise to stop. Raises TrainingError if a file cannot be written.
+    made again. `network` is the teacher; every scan is one pass of sliding windows and one dialogue. With a
+    `prior` the generalists are prompted by, and the labels doubted with, the sharpened prediction. `tick` is
+    called before every scan and may raise to stop. Raises TrainingError if a file cannot be written.
     """
     labels = source.pseudo
-    mark = _mark(config, network, term)
+    mark = _mark(config, network, term, prior)
     place.mkdir(parents=True, exist_ok=True)
     network.eval()
     for number in range(fabric.global_rank, len(source.unlabeled_cases), fabric.world_size):
@@ -182,6 +185,8 @@ def label_scans(
         image = torch.from_numpy(np.ascontiguousarray(source.image(case)))
         with fabric.autocast():
             prob = inference.sliding_window(network, image, config.train.patch_size, device=fabric.device)
+        if prior is not None:
+            prob = torch.from_numpy(prior.sharpen(prob.cpu().numpy()))
         options = {"step": step, "sample_ids": [number], "spacing": source.spacing_of(case)}
         made = term.teach(image[None], prob[None].cpu(), **options)
         space = tuple(image.shape[1:])
@@ -222,7 +227,7 @@ def network_from(run_dir: str, meta: Mapping[str, Any], device: Any) -> Any:
     return loaded.network
 
 
-def _mark(config: Config, network: Any, term: Any) -> str:
+def _mark(config: Config, network: Any, term: Any, prior: PositionPrior | None) -> str:
     """What a label depends on, as a digest."""
     digest = hashlib.blake2b(digest_size=16)
     settings = dump(config)
@@ -231,6 +236,8 @@ def _mark(config: Config, network: Any, term: Any) -> str:
     for name in ("root", "workers", "cache"):  # may change between a kill and going on
         chosen["data"].pop(name)
     digest.update(json.dumps(chosen, sort_keys=True, default=str).encode())
+    if prior is not None:
+        digest.update(prior.distance.tobytes())
     for name, value in network.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -28,6 +28,7 @@ from semisam.engine.cases import split as make_split
 from semisam.engine.checkpoint import CheckpointError, Loaded, load
 from semisam.engine.config import Config, check, dump
 from semisam.engine.files import Table, write_json, write_text
+from semisam.engine.position import PositionPrior
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress, say
 from semisam.engine.sampling import PatchSource
@@ -246,6 +247,7 @@ class _Training:
         alone = self.fabric.world_size == 1  # ranks have different numbers of scans
         offline.label_scans(
             *(self.config, self.source, teacher, self.term, place, step),
+            prior=self._position_prior(),
             fabric=self.fabric,
             tick=self._stop_if_asked if alone else lambda: None,
         )
@@ -255,6 +257,15 @@ class _Training:
             share = sum(row["weight"] for row in rows) / len(rows)
             say(f"step {step}: {len(rows)} unlabeled scans labeled as wholes, mean weight {share:.3f}")
         self.fabric.barrier()
+
+    def _position_prior(self) -> Any:
+        """The labeled scans' position prior, unless there is none or the gate found it of no use."""
+        strength = self.config.term.position_prior
+        judged = self.config.term.gate
+        if not strength or (judged and not (self.meta["gate"] or {}).get("position_prior")):
+            return None
+        labels = [gate.source_label(self.config, self.preprocessing, c) for c in self.split.labeled]
+        return PositionPrior(labels, self.meta["num_classes"], strength=strength)
 
     def _due(self, every: int) -> bool:
         return self.done % every == 0 or self.done == self.config.train.steps
@@ -478,16 +489,12 @@ class _Training:
                 f"{self.config.train.lr}), set train.clip_gradient, or look at the labeled images"
             ) from error
         if self.first:
-            known = all(scan.spacing for scan in scans)
-            found = self.term.calibrate(
-                [scan.image for scan in scans],
-                [scan.probability for scan in scans],
-                [scan.label for scan in scans],
-                [scan.spacing for scan in scans] if known else None,
-            )
+            found = gate.choose(self.term, scans)
             say(f"gate: {gate.sentence(found)}")
             self.meta["gate"] = found
         self._share_term()
+        if self.fabric.world_size > 1:
+            self.meta["gate"] = self.fabric.broadcast(self.meta["gate"])
 
     def _score_generalists(self, batch: Any) -> None:
         """Keep the generalists' reliabilities up to date, on disturbed labeled patches."""
