@@ -117,7 +117,16 @@ def held_out(
 
 
 def source_label(config: Config, preprocessing: Preprocessing, case: Case) -> Any:
-    """Return the label of a labeled case on the grid that the network sees, [*S'] uint8."""
+    """Return the label of a labeled case on the grid that the network sees, [*S'] uint8.
+
+    >>> import tempfile
+    >>> from semisam.engine import cases, config, gate
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> from semisam.engine.preprocess import Preprocessing
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=0, test=0, shape=(16, 16, 16))
+    >>> gate.source_label(config.Config(), Preprocessing(), cases.find_cases(root).cases[0]).shape
+    (16, 16, 16)
+    """
     label = read_label(case, config.data.label_map)
     return preprocessing.prepare_label(label, preprocessing.prepare(read_image(case)))
 
@@ -127,6 +136,17 @@ def choose(term: Any, scans: Sequence[HeldOut]) -> dict[str, Any]:
 
     Where scans come with a position prior, too, it is used if the best candidate is better with it than
     without; "position_prior" says so, and "without_prior" or "with_prior" has the other's scores.
+
+    >>> import numpy as np
+    >>> from semisam.engine import gate
+    >>> from semisam.term import SemiSAMTerm
+    >>> label = np.zeros((32, 32), np.uint8)
+    >>> label[8:24, 8:24] = 1
+    >>> sure = np.stack([1 - label, label]).astype(np.float32)
+    >>> scan = gate.HeldOut(sure[1:], np.roll(sure, 6, 1), label, None, "a", sharpened=sure)
+    >>> found = gate.choose(SemiSAMTerm(total_steps=10), [scan])
+    >>> found["position_prior"], found["choice"]
+    (True, {'random-walker': 'mask'})
     """
     known = all(scan.spacing for scan in scans)
     spacing = [scan.spacing for scan in scans] if known else None

@@ -173,6 +173,28 @@ def label_scans(
     made again. `network` is the teacher; every scan is one pass of sliding windows and one dialogue. With a
     `prior` the generalists are prompted by, and the labels doubted with, the sharpened prediction. `tick` is
     called before every scan and may raise to stop. Raises TrainingError if a file cannot be written.
+
+    >>> import tempfile, torch
+    >>> from pathlib import Path
+    >>> from semisam.engine import cases, config, offline, setup
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> from semisam.engine.preprocess import Preprocessing
+    >>> from semisam.engine.sampling import PatchSource
+    >>> from semisam.engine.stepper import fabric_for
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=2, unlabeled=1, test=0, shape=(16, 16, 16))
+    >>> made = config.load(settings=[("train.patch_size", [16, 16, 16]), ("term.offline", True),
+    ...                              ("train.device", "cpu")])
+    >>> roles = cases.split(cases.find_cases(root), made.data)
+    >>> source = PatchSource(roles, Preprocessing(), made.train, made.data, 2)
+    >>> source.pseudo = offline.PseudoLabels(2, soft=True)
+    >>> place = offline.place_of(Path(tempfile.mkdtemp()), 5)
+    >>> offline.label_scans(made, source, torch.nn.Conv3d(1, 2, 1), setup.build_term(made), place, 5,
+    ...                     fabric=fabric_for(made.train))
+    >>> [path.name for path in place.iterdir()]
+    ['phantom_002.npz']
+    >>> offline.read_round(source, place)
+    >>> source.pseudo.planes["phantom_002"].shape
+    (3, 16, 16, 16)
     """
     labels = source.pseudo
     mark = _mark(config, network, term, prior)
@@ -208,13 +230,26 @@ def label_scans(
 
 
 def weights_of(run_dir: str) -> Path:
-    """Return the checkpoint that `network_from` takes from a run folder: best.ckpt, else last.ckpt."""
+    """Return the checkpoint that `network_from` takes from a run folder: best.ckpt, else last.ckpt.
+
+    >>> from semisam.engine import offline
+    >>> offline.weights_of("runs/first").as_posix()
+    'runs/first/last.ckpt'
+    """
     best = Path(run_dir) / "best.ckpt"
     return best if best.exists() else best.with_name("last.ckpt")
 
 
 def network_from(run_dir: str, meta: Mapping[str, Any], device: Any) -> Any:
-    """Return the teacher of another run, its student if it has none; TrainingError if it does not fit."""
+    """Return the teacher of another run, its student if it has none; TrainingError if it does not fit.
+
+    `meta` has channels, num_classes and spatial_dims of the data. Raises CheckpointError if there is none.
+
+    >>> from semisam.engine import offline
+    >>> offline.network_from("no/such/run", {}, "cpu")
+    Traceback (most recent call last):
+    semisam.engine.checkpoint.CheckpointError: no/such/run: expected the folder of a training run, got ...
+    """
     try:
         loaded = checkpoint.load(run_dir, network="teacher", device=device)
     except checkpoint.CheckpointError:
@@ -277,6 +312,14 @@ def read_round(source: PatchSource, place: Path) -> None:
     """Put the labels of a round's files into `source.pseudo`, in the place of earlier ones.
 
     Raises TrainingError for a file that is missing, damaged or of another shape than its scan.
+
+    >>> from pathlib import Path
+    >>> from types import SimpleNamespace
+    >>> from semisam.engine import offline
+    >>> source = SimpleNamespace(unlabeled_cases=[], pseudo=offline.PseudoLabels(2, soft=True))
+    >>> offline.read_round(source, Path("run/pseudo/step_000100"))
+    >>> source.pseudo.planes
+    {}
     """
     labels: dict[str, Any] = {}
     for case in source.unlabeled_cases:
@@ -296,7 +339,18 @@ def read_round(source: PatchSource, place: Path) -> None:
 
 
 def write_table(source: PatchSource, place: Path) -> list[dict[str, Any]]:
-    """Write `labels.csv` of a round, one row per scan, and remove the rounds before it; return the rows."""
+    """Write `labels.csv` of a round, one row per scan, and remove the rounds before it; return the rows.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from types import SimpleNamespace
+    >>> from semisam.engine import offline
+    >>> place = Path(tempfile.mkdtemp())
+    >>> offline.write_table(SimpleNamespace(unlabeled_cases=[]), place)
+    []
+    >>> (place / "labels.csv").read_text().split(",")[:2]
+    ['case', 'weight']
+    """
     rows = []
     for case in source.unlabeled_cases:
         with np.load(_file(place, case)) as file:

@@ -35,10 +35,10 @@ class PositionPrior:
     >>> label = np.zeros((16, 16), np.uint8)
     >>> label[4:12, 4:12] = 1
     >>> prior = PositionPrior([label, np.roll(label, 1, 0)], num_classes=2)
-    >>> prior.at((32, 32)).shape, prior.at((16, 16))[1, 8, 8] > 0.8
+    >>> prior.at((32, 32)).shape, bool(prior.at((16, 16))[1, 8, 8] > 0.8)
     ((2, 32, 32), True)
     >>> unsure = np.full((2, 16, 16), 0.5, np.float32)
-    >>> prior.sharpen(unsure)[1, 8, 8] > 0.8, prior.sharpen(unsure)[1, 0, 0] < 0.1
+    >>> bool(prior.sharpen(unsure)[1, 8, 8] > 0.8), bool(prior.sharpen(unsure)[1, 0, 0] < 0.1)
     (True, True)
     """
 
