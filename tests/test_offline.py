@@ -394,3 +394,16 @@ def test_hard_targets_and_slices(tmp_path, rng):
 def test_settings_that_cannot_work(data, sure, more, message):
     with pytest.raises(config.ConfigError, match=message):
         config.check(made(data, sure, **more))
+
+
+def test_the_example_is_a_configuration():
+    """What the evidence was made with, as far as the term goes."""
+    from pathlib import Path  # noqa: PLC0415
+
+    from benchmarks.evidence import SETTINGS  # noqa: PLC0415
+
+    made = config.load(Path(__file__).parents[1] / "examples" / "offline.yaml", [("train.steps", 250)])
+    config.check(made)
+    theirs = config.load(settings=list(SETTINGS.items()))
+    assert replace(made.term, gate_steps=80) == theirs.term
+    assert made.train.memory_format == theirs.train.memory_format
