@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import data_dir
 from test_trainer import losses, same, settings, together, weights
 
 from semisam.engine import checkpoint, config, offline, trainer
@@ -290,7 +291,7 @@ def test_labels_that_are_gone_stop_a_resumed_run(data, sure, tmp_path, monkeypat
         trainer.train(made(data, sure), out, resume=True)
 
 
-def test_a_file_of_another_teacher_is_made_again(data, sure, tmp_path):
+def test_a_file_of_another_teacher_is_changedagain(data, sure, tmp_path):
     from semisam.engine.setup import build_term  # noqa: PLC0415
     from semisam.engine.stepper import fabric_for  # noqa: PLC0415
 
@@ -407,3 +408,36 @@ def test_the_example_is_a_configuration():
     theirs = config.load(settings=list(SETTINGS.items()))
     assert replace(made.term, gate_steps=80) == theirs.term
     assert made.train.memory_format == theirs.train.memory_format
+
+
+def test_a_quick_check_labels_scans(data, tmp_path, capsys):
+    from pathlib import Path  # noqa: PLC0415
+
+    from semisam.cli import main  # noqa: PLC0415
+
+    example = str(Path(__file__).parents[1] / "examples" / "offline.yaml")
+    line = ["train", str(data), "--out", str(tmp_path / "r"), "--config", example, "--quick-check"]
+    line += ["--labeled", "2", "--patch", "16", "16", "16", "--device", "cpu"]
+    assert main([*line, "--set", "specialist.options={channels: [4, 8]}"]) == 0
+    assert "labeled as wholes" in "".join(capsys.readouterr())
+
+
+@pytest.mark.data
+def test_real_scans(tmp_path):
+    """Two classes, odd shapes, a prior of two scans."""
+    root = data_dir("hippocampus")
+    ids = [case.id for case in find_cases(root).cases]
+    changed = settings(
+        root,
+        **{**OFFLINE, "term__gate": True, "term__offline_start": 2, "train__steps": 4, "term__refresh": 0},
+        term__position_prior=1.0,
+        data__labeled=ids[:2],
+        data__unlabeled=ids[2:4],
+        data__validation=[],
+        data__test=[],
+        train__patch_size=[32, 32, 32],
+    )
+    run = trainer.train(changed, tmp_path / "r").out
+    for name in ids[2:4]:
+        with np.load(run / "pseudo" / "step_000002" / f"{name}.npz") as file:
+            assert file["planes"].shape[0] == 4  # two foreground classes, weight, uncertainty
