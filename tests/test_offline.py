@@ -441,3 +441,10 @@ def test_real_scans(tmp_path):
     for name in ids[2:4]:
         with np.load(run / "pseudo" / "step_000002" / f"{name}.npz") as file:
             assert file["planes"].shape[0] == 4  # two foreground classes, weight, uncertainty
+
+
+def test_workers_are_started_again_with_every_round(data, sure, whole, tmp_path):
+    """What they fetched ahead has the labels of the round before, and is thrown away."""
+    run = trainer.train(made(data, sure, data__workers=2), tmp_path / "r").out
+    assert same(weights(run), weights(whole))
+    assert losses(run) == losses(whole)
