@@ -13,7 +13,7 @@ import torch
 from semisam import prompts
 from semisam.gate import largest_components
 
-__all__ = ["MODES", "Answers", "Request", "Slot", "joined", "largest"]
+__all__ = ["MODES", "Answers", "Request", "Slot", "joined", "largest", "usable"]
 
 MODES: dict[str, frozenset[str]] = {
     "point": frozenset({"points"}),
@@ -114,7 +114,7 @@ class Slot:
             decoded = self.generalist.decode(state, dialogue.sent(request.images.device), active)
             logits = decoded.logits.to(target.device, torch.float32)  # waits for a GPU
             seconds += time.perf_counter() - began
-            good = active & _usable(logits, target, active, made.failed, whole)
+            good = active & usable(logits, target, active, made.failed, whole)
             if not bool(good.any()):
                 break
             active, answered, done = good, answered | good, done + good.any(1)
@@ -134,7 +134,7 @@ class Slot:
         return made
 
 
-def _usable(logits: Any, target: Any, active: Any, failed: dict[str, int], whole: bool) -> Any:
+def usable(logits: Any, target: Any, active: Any, failed: dict[str, int], whole: bool = True) -> Any:
     """Rows [B, F] that say something; those asked for that do not are counted, by what is wrong."""
     if tuple(logits.shape) != tuple(target.shape):
         what = f"have shape {tuple(logits.shape)}, expected {tuple(target.shape)}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from semisam import generalists, prompts
-from semisam._dialogue import MODES, Answers, Request, Slot
+from semisam._dialogue import MODES, Answers, Request, Slot, usable
 from semisam.term import LastCall, SemiSAMTerm
 
 __all__ = ["BUNDLES", "Defects", "PublishedDefects", "PublishedTerm"]
@@ -265,10 +266,11 @@ class PublishedTerm(SemiSAMTerm):
                 break
             decoded = slot.generalist.decode(state, batch, active)
             logits = decoded.logits.to(target.device, torch.float32)
-            good = active & logits.flatten(2).isfinite().all(2)
-            made.failed += int((active & ~good).sum())
+            good = active & usable(logits, target, active, made.failed)
+            if not bool(good.any()):
+                break
             active, answered = good, answered | good
-            made.done[0] += int(good.any())
+            made.done[0] += 1
             answer = torch.where(_over(good, logits), logits, answer)
             given = decoded.low_res.to(target.device)
             low = torch.where(_over(good, given), given, torch.zeros_like(given) if low is None else low)
@@ -419,7 +421,10 @@ def _joined(made: list[Answers], request: Request) -> Answers:
     points = [F.pad(a.clicks.points, (0, 0, 0, most - a.clicks.points.shape[2])) for a in made]
     labels = [F.pad(a.clicks.labels, (0, most - a.clicks.labels.shape[2]), value=-1) for a in made]
     clicks = prompts.PromptBatch(tuple(shape[2:]), torch.cat(points), torch.cat(labels))
-    return Answers(rounds, [a.done[0] for a in made], clicks, failed=sum(a.failed for a in made))
+    failed = Counter[str]()
+    for a in made:
+        failed.update(a.failed)
+    return Answers(rounds, [a.done[0] for a in made], clicks, failed=dict(failed))
 
 
 def _over(rows: Any, array: Any) -> Any:

@@ -92,7 +92,7 @@ class LastCall(NamedTuple):
 
     image: Any  # [B, channels, *S]
     prob: Any  # [B, C, *S], what the prompts came from
-    prompt_target: Any  # [B, F, *S], bool: what the generalists were asked for
+    prompt_target: Any  # [B, F, *S], bool: what the generalists were asked for (None: labels from before)
     clicks: dict[str, prompts.PromptBatch]  # by source: all clicks of all rounds
     answers: dict[str, Any]  # by source: logits of its last round [B, F, *S]
     target: Any  # the pseudo-label: soft [B, C, *S] or hard [B, *S] (255: too uncertain)
@@ -116,7 +116,7 @@ class LastCall(NamedTuple):
             torch.cat([batch.points[sample], batch.labels[sample, ..., None]], -1).flatten(0, 1)
             for batch in self.clicks.values()
         ]
-        clicks = torch.cat(rows)
+        clicks = torch.cat(rows) if rows else torch.zeros(0, self.prob.ndim - 1)
         return {
             **{name: array.detach().float().cpu().numpy() for name, array in arrays.items()},
             "clicks": clicks[clicks[:, -1] >= 0].int().cpu().numpy(),
@@ -315,9 +315,87 @@ class SemiSAMTerm:
             self.last = self._teach(images_u, prob, step, ids, spacing, teacher=teacher_probs is not None)
         if self.last is None:
             return _nothing(logits_u)
-        value = self._loss(logits_u.to(home))
+        return self._weighted(logits_u, factor)
+
+    def _weighted(self, logits: Any, factor: float) -> Any:
+        """`factor` L_sam, where the logits are."""
+        value = self._loss(logits.to(_home(logits.device)))
         self.diagnostics["loss"] = float(value.detach())
-        return (value * factor).to(logits_u.device)
+        return (value * factor).to(logits.device)
+
+    # ---- teaching in two moves: label whole scans now and then, learn from the labels in every step
+
+    def teach(
+        self,
+        images_u: Any,
+        teacher_probs: Any,
+        *,
+        step: int,
+        sample_ids: Sequence[int] | None = None,
+        spacing: Sequence[float] | None = None,
+    ) -> LastCall | None:
+        """Return what the generalists make of unlabeled images, without a loss; None if nothing comes of it.
+
+        Arguments are those of a call of the term. Meant for whole scans, of which `from_labels` then takes
+        patches: a generalist that sees the organ whole, and is asked once in many steps, not in each.
+        Raises what a call raises.
+
+        >>> import torch
+        >>> from semisam.term import SemiSAMTerm
+        >>> term = SemiSAMTerm("random-walker", total_steps=100)
+        >>> image = torch.zeros(1, 1, 24, 24)
+        >>> image[..., 6:18, 6:18] = 1
+        >>> prob = torch.stack([1 - image[:, 0], image[:, 0]], 1).roll(1, 3) * 0.9 + 0.05
+        >>> made = term.teach(image, prob, step=0)
+        >>> logits = prob.log().requires_grad_()
+        >>> loss = term.from_labels(image, logits, made.target, made.weight, step=50)
+        >>> loss.backward()
+        >>> bool(loss > 0), bool(logits.grad.any())
+        (True, True)
+        """
+        _check_batch("SemiSAMTerm.teach", ("images_u", "teacher_probs"), images_u, teacher_probs)
+        ids = list(range(len(images_u))) if sample_ids is None else [int(i) for i in sample_ids]
+        if len(ids) != len(images_u):
+            raise ValueError(
+                f"SemiSAMTerm.teach(): sample_ids: expected one per sample ({len(images_u)}), got {len(ids)}"
+            )
+        self.diagnostics = _blank(self.gate, self.drops)
+        prob = teacher_probs.float().to(_home(teacher_probs.device))
+        _check_probabilities("SemiSAMTerm.teach", "teacher_probs", prob)
+        with torch.no_grad():
+            return self._teach(images_u, prob, step, ids, spacing, teacher=True)
+
+    def from_labels(
+        self, images_u: Any, logits_u: Any, target: Any, weight: Any, *, step: int, uncertainty: Any = None
+    ) -> Any:
+        """Return the term of one step for pseudo-labels that `teach` made before; see there.
+
+        `images_u` and `logits_u` are those of a call; `target` is soft [B, C, *S] or hard [B, *S] (255:
+        ignored), as the setting says, `weight` [B, *S] in 0..1 (0: nothing is known there), `uncertainty`
+        [B, *S] for pictures alone (default 1 - weight). Raises ValueError for shapes that do not fit.
+        """
+        _check_batch("SemiSAMTerm.from_labels", ("images_u", "logits_u"), images_u, logits_u)
+        self.last = None
+        self.diagnostics = d = _blank(self.gate, self.drops)
+        d["weight"] = factor = self.factor(step)
+        if self.settings["lam_sam"] == 0:
+            return torch.zeros((), device=logits_u.device)
+        if factor == 0 or step % self.settings["sam_every"] or not len(logits_u):
+            return _nothing(logits_u)
+        home = _home(logits_u.device)
+        target, weight = target.to(home), weight.to(home)
+        share = weight.flatten(1).mean(1, dtype=torch.float64)
+        d["weight_share"] = share.tolist()
+        d["skipped"] = int((share < self.settings["min_weight"]).sum())
+        if d["skipped"] == len(share):
+            return _nothing(logits_u)
+        doubt = 1 - weight if uncertainty is None else uncertainty.to(home)
+        d["mean_u"] = float(doubt[share >= self.settings["min_weight"]].mean(dtype=torch.float64))
+        label = target.argmax(1).byte() if target.ndim == logits_u.ndim else target
+        with torch.no_grad():
+            prob = logits_u.float().softmax(1).to(home)
+        self.last = LastCall(images_u, prob, None, {}, {}, target, label, weight, doubt)
+        return self._weighted(logits_u, factor)
 
     # ---- teaching
 

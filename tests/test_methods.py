@@ -14,6 +14,7 @@ from torch import nn
 
 from semisam import methods, schedules
 from semisam.engine.config import MethodConfig
+from semisam.losses import uncertainty_weighted_loss
 from semisam.methods.base import Batch, Method, random_key
 from semisam.specialists import UNet3d, VNet
 from semisam.term import SemiSAMTerm
@@ -443,5 +444,30 @@ def test_bad_options_are_refused(name, options, message):
 
 
 def test_a_batch_has_no_place_for_labels_of_unlabeled_samples():
-    assert set(Batch.__dataclass_fields__) == {"image", "label", "ids", "spacing"}
+    assert set(Batch.__dataclass_fields__) == {"image", "label", "ids", "spacing", "pseudo"}
     assert Method.uses_unlabeled is False
+
+
+# ---- labels of whole scans ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_labels_from_before_take_the_place_of_the_dialogue(name):
+    """The term's loss of exactly these labels, and nobody is asked."""
+    term = SemiSAMTerm("random-walker", total_steps=10, ramp="flat", warmup=0.0)
+    asked = []
+    term._teach = lambda *a, **k: asked.append(a)
+    method = build(f"semisam-{name}", network(), term=term)
+    batch = batch_of()
+    space = batch.image.shape[2:]
+    target = torch.rand(2, 2, *space).softmax(1)
+    pseudo = methods.PseudoLabel(target, torch.rand(2, *space), torch.zeros(2, *space))
+    value = method.losses(replace(batch, pseudo=pseudo), 5)["semisam"]
+    logits = method.unlabeled[1]
+    assert not asked
+    assert method.unlabeled[0].shape == batch.image[2:].shape
+    expected = term.factor(5) * uncertainty_weighted_loss(logits, target, pseudo.weight)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    silent = pseudo._replace(weight=torch.zeros(2, *space))
+    assert method.losses(replace(batch, pseudo=silent), 5)["semisam"].item() == 0
+    assert term.diagnostics["skipped"] == 2

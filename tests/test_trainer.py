@@ -31,7 +31,7 @@ from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress
 from semisam.engine.published import LeakedLabels
 from semisam.engine.sampling import PatchSource
-from semisam.engine.stepper import Stepper, fabric_for
+from semisam.engine.stepper import Stepper, fabric_for, memory_format_of
 from semisam.term import SemiSAMTerm
 
 TINY = {
@@ -734,6 +734,50 @@ def test_accumulation_is_the_mean(data, tmp_path):
         result.append({k: v.clone() for k, v in run.method.student.state_dict().items()})
     for name, value in result[0].items():
         assert torch.allclose(value, result[1][name], rtol=1e-5, atol=1e-8), name
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_channels_last_is_the_same_training(data, tmp_path, precision):
+    """Another order of sums in the convolutions, the same bits in every run and after --resume."""
+    more = {
+        "train__memory_format": "channels_last",
+        "train__precision": precision,
+        "train__deterministic": True,
+    }
+    first = trainer.train(settings(data, **more), tmp_path / "first").out
+    assert all(
+        v.is_contiguous(memory_format=torch.channels_last_3d) for v in weights(first).values() if v.ndim == 5
+    )
+    again = tmp_path / "again"
+    step = Stepper.step
+
+    def stopped(self, number, batch):
+        if number == 4 and "semisam" in self.method.terms:
+            raise KeyboardInterrupt
+        return step(self, number, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stepper, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(settings(data, **more), again)
+    trainer.train(settings(data, **more), again, resume=True)
+    assert same(weights(first), weights(again))
+    assert same(weights(first, network="teacher"), weights(again, network="teacher"))
+    plain = trainer.train(
+        settings(data, **more, **{"train.memory_format": "contiguous"}), tmp_path / "plain"
+    ).out
+    tolerance = 1e-4 if precision == "32" else 0.05  # bfloat16 has 8 bits
+    for a, b in zip(losses(first), losses(plain), strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=tolerance)
+
+
+def test_memory_format_of_two_and_three_dimensions():
+    flat, deep = config.TrainConfig(patch_size=[32, 32]), config.TrainConfig(patch_size=[32] * 3)
+    assert memory_format_of(flat, "cpu") == torch.channels_last
+    assert memory_format_of(flat, "cuda") == torch.contiguous_format
+    assert memory_format_of(deep, "cpu") == torch.contiguous_format
+    wanted = replace(deep, memory_format="channels_last")
+    assert memory_format_of(wanted, "cuda") == torch.channels_last_3d
 
 
 def test_fabric_takes_the_wanted_precision():

@@ -162,7 +162,13 @@ def _quick_check(config: settings.Config, trainer: Any) -> int:
     short = replace(
         config,
         train=replace(config.train, steps=4, validate_every=4, checkpoint_every=2, log_every=1),
-        term=replace(config.term, gate_steps=2, gate_every=2),
+        term=replace(
+            config.term,
+            gate_steps=2,
+            gate_every=2,
+            offline_start=None if config.term.offline_from else 2,
+            refresh=min(config.term.refresh, 1),
+        ),
     )
     with tempfile.TemporaryDirectory() as folder:
         done = trainer.train(short, Path(folder) / "run")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from semisam.methods.base import Batch, Method
+from semisam.methods.base import Batch, Method, PseudoLabel
 from semisam.methods.dan import DeepAdversarial
 from semisam.methods.mean_teacher import MeanTeacher
 from semisam.methods.uamt import UncertaintyAwareMeanTeacher
@@ -21,6 +21,7 @@ __all__ = [
     "DeepAdversarial",
     "MeanTeacher",
     "Method",
+    "PseudoLabel",
     "UncertaintyAwareMeanTeacher",
     "build",
     "canonical_name",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,21 @@ import semisam
 from semisam.losses import Term, voxel_loss
 from semisam.schedules import consistency_weight, ema_decay
 
-__all__ = ["Batch", "Method", "TeacherMethod"]
+__all__ = ["Batch", "Method", "PseudoLabel", "TeacherMethod"]
+
+
+class PseudoLabel(NamedTuple):
+    """What generalists said of whole scans, cut like the patches of a batch's unlabeled samples.
+
+    >>> import torch
+    >>> from semisam.methods.base import PseudoLabel
+    >>> PseudoLabel(torch.zeros(1, 2, 8, 8), torch.ones(1, 8, 8), torch.zeros(1, 8, 8)).weight.mean().item()
+    1.0
+    """
+
+    target: Any  # [B_u, C, *S] float32, or hard [B_u, *S] uint8 (255: ignored)
+    weight: Any  # [B_u, *S] float32, 0..1; 0: nothing is known there
+    uncertainty: Any  # [B_u, *S] float32, 0..1
 
 
 @dataclass
@@ -31,6 +45,7 @@ class Batch:
 
     There is no place for a label of an unlabeled sample. `ids` are the samples' numbers (unique within
     a step over all ranks) on which every random choice depends; `spacing` is in mm, None if unknown.
+    `pseudo` is what the term made of the unlabeled scans as wholes; None where it is asked step by step.
 
     >>> import torch
     >>> from semisam.methods.base import Batch
@@ -43,6 +58,7 @@ class Batch:
     label: Any  # [B_l, *S] uint8; 255: ignored
     ids: tuple[int, ...]
     spacing: tuple[float, ...] | None = None
+    pseudo: PseudoLabel | None = None
 
     @property
     def labeled(self) -> int:
@@ -164,18 +180,27 @@ class Method:
         """
         if self.term is None:
             return {}
-        images, ids = batch.image[batch.labeled :], batch.ids[batch.labeled :]
-        probs = self.prompt_probabilities(images) if source is None else source
-        images, ours = on_core(images), logits[batch.labeled :]
-        value = self.term(
-            images, ours, on_core(probs), step=step, sample_ids=list(ids), spacing=batch.spacing
-        )
+        value = self._taught(batch, logits[batch.labeled :], source, step)
         if ranks() > 1:  # it is a mean over the samples that have something to teach
             found = self.term.diagnostics
             kept = torch.tensor(float(len(found["weight_share"]) - found["skipped"]))
             value = value * share_of(kept.to(batch.image.device))
-        self.unlabeled = images, ours.detach()
+        self.unlabeled = on_core(batch.image[batch.labeled :]), logits[batch.labeled :].detach()
         return {"semisam": value}
+
+    def _taught(self, batch: Batch, logits: Tensor, source: Tensor | None, step: int) -> Tensor:
+        """The term's value: from answers to these patches, or from labels of whole scans."""
+        images = batch.image[batch.labeled :]
+        shown = on_core(images)
+        if batch.pseudo is not None:
+            target, weight, doubt = batch.pseudo
+            made = self.term.from_labels(shown, logits, target, weight, step=step, uncertainty=doubt)
+        else:
+            probs = on_core(self.prompt_probabilities(images) if source is None else source)
+            ids = list(batch.ids[batch.labeled :])
+            made = self.term(shown, logits, probs, step=step, sample_ids=ids, spacing=batch.spacing)
+        value: Tensor = made
+        return value
 
     def _weight(self, step: int) -> float:
         """The rising weight of what is learned from unlabeled samples."""
