@@ -186,7 +186,8 @@ setup: $(STAMP)
 build: setup
 	SEMISAM_CFLAGS="$(SEMISAM_CFLAGS)" $(PY) setup.py -q build_ext --inplace
 
-C_FILES = $(wildcard csrc/*.[ch] csrc/*/*.[ch] tests/core/*.[ch] tests/fuzz/*.[ch] examples/c/*.c)
+C_FILES = $(wildcard csrc/*.[ch] csrc/*/*.[ch] csrc/cuda/*.cu csrc/cuda/*.cuh tests/core/*.[ch] tests/fuzz/*.[ch] \
+  tests/cuda_emulation/*.h tests/cuda_emulation/*.c* examples/c/*.c)
 lint: build
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

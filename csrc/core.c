@@ -136,6 +136,12 @@ static uint32_t word_set(const char *word, size_t length) {
 #define MAX_NAMES 24
 #define POOL (2 * SS_MAX_LIST) /* views of all lists of one call together */
 
+/* Room for the argument struct of any operator. */
+typedef union any_args {
+#define SS_OP(op, doc, args) ss_##op##_args op;
+#include "ops.def"
+} any_args;
+
 typedef struct check {
     ss_exec *x;
     const ss_op_spec *op;
@@ -469,20 +475,31 @@ static ss_status check_all(ss_exec *x, const ss_op_spec *op, void *args, ss_tens
 
 /* ---- dispatch ------------------------------------------------------------------------------- */
 
-/* Set once while the package is being imported, before any call; never changed afterwards. */
-static const ss_backend *cuda_backend;
+/* Set once, before any call that needs them; never changed afterwards. */
+static const ss_backend *added[SS_CUDA + 1];
 
-void ss_set_cuda_backend(const ss_backend *backend) {
-    cuda_backend = backend;
+ss_status ss_add_backend(const ss_backend *backend, char *error, size_t room) {
+    if (backend->abi != SS_ABI) { /* nothing behind the number may be read before this */
+        snprintf(error, room, "expected a backend of ABI %d, got %d: rebuild it", SS_ABI,
+                 (int)backend->abi);
+        return SS_INVALID;
+    }
+    if (backend->device != SS_CPU && backend->device != SS_CUDA) {
+        snprintf(error, room, "expected a backend for device %d or %d, got %d", SS_CPU, SS_CUDA,
+                 (int)backend->device);
+        return SS_INVALID;
+    }
+    added[backend->device] = backend;
+    return SS_OK;
 }
 
-const ss_backend *ss_cuda_backend(void) {
-    return cuda_backend;
+const ss_backend *ss_added_backend(int32_t device) {
+    return device == SS_CPU || device == SS_CUDA ? added[device] : NULL;
 }
 
 static const ss_backend *backend_for(const ss_exec *x) {
     if (x->device != SS_CPU) {
-        return cuda_backend;
+        return ss_added_backend(x->device);
     }
     int32_t n = 0;
     const ss_backend *const *all = ss_cpu_backends(&n);
@@ -491,41 +508,112 @@ static const ss_backend *backend_for(const ss_exec *x) {
             return all[i];
         }
     }
+    if (x->isa && added[SS_CPU] && strcmp(added[SS_CPU]->isa, x->isa) == 0) {
+        return added[SS_CPU];
+    }
     return x->isa ? NULL : all[0];
 }
 
-static ss_status dispatch(ss_exec *x, const ss_backend *backend, int32_t op, const void *args) {
-    const char *name = specs[op].name;
+int32_t ss_has(const ss_backend *backend, int32_t op) {
+    switch (op) {
+#define SS_OP(op, doc, args)                                                                       \
+    case SS_OP_##op:                                                                               \
+        return backend->op != NULL;
+#include "ops.def"
+    default:
+        return 0;
+    }
+}
+
+static int64_t workspace_of(const ss_backend *backend, int32_t op, const void *args) {
     switch (op) {
 #define SS_OP(op, doc, args_)                                                                      \
     case SS_OP_##op:                                                                               \
-        if (backend && backend->op) {                                                              \
-            return backend->op(x, (const ss_##op##_args *)args);                                   \
-        }                                                                                          \
-        break;
+        return backend->op##_workspace ? backend->op##_workspace((const ss_##op##_args *)args) : 0;
 #include "ops.def"
     default:
-        break;
+        return 0;
     }
-    snprintf(x->error, sizeof x->error, "%s(): not available on %s%s%s", name,
+}
+
+static ss_status call_kernel(ss_exec *x, const ss_backend *backend, int32_t op, const void *args) {
+    switch (op) {
+#define SS_OP(op, doc, args_)                                                                      \
+    case SS_OP_##op:                                                                               \
+        return backend->op(x, (const ss_##op##_args *)args);
+#include "ops.def"
+    default:
+        return SS_UNSUPPORTED;
+    }
+}
+
+static ss_status find_backend(ss_exec *x, int32_t op, const ss_backend **found) {
+    const ss_backend *backend = backend_for(x);
+    if (backend && ss_has(backend, op)) {
+        *found = backend;
+        return SS_OK;
+    }
+    snprintf(x->error, sizeof x->error, "%s(): not available on %s%s%s", specs[op].name,
              x->device == SS_CPU ? "cpu" : "cuda", x->isa ? " with instruction set " : "",
              x->isa ? x->isa : "");
     return SS_UNSUPPORTED;
 }
 
-ss_status ss_run(ss_exec *x, int32_t op, void *args) {
-    x->error[0] = '\0';
-    if (op < 0 || op >= SS_OPS) {
-        snprintf(x->error, sizeof x->error, "operator %d does not exist", (int)op);
+static ss_status check_workspace(ss_exec *x, const ss_backend *backend, int32_t op,
+                                 const void *args) {
+    int64_t bytes = workspace_of(backend, op, args);
+    if (bytes < 0) {
+        snprintf(x->error, sizeof x->error, "%s(): the size of the workspace overflows",
+                 specs[op].name);
+        return SS_NO_MEMORY;
+    }
+    if (bytes > 0 && (!x->workspace || x->workspace_bytes < bytes)) {
+        snprintf(x->error, sizeof x->error, "%s(): workspace: expected %lld bytes, got %lld",
+                 specs[op].name, (long long)bytes,
+                 (long long)(x->workspace ? x->workspace_bytes : 0));
         return SS_INVALID;
     }
+    return SS_OK;
+}
+
+static ss_status check_op(ss_exec *x, int32_t op) {
+    x->error[0] = '\0';
+    if (op >= 0 && op < SS_OPS) {
+        return SS_OK;
+    }
+    snprintf(x->error, sizeof x->error, "operator %d does not exist", (int)op);
+    return SS_INVALID;
+}
+
+ss_status ss_workspace(ss_exec *x, int32_t op, const void *args, int64_t *bytes) {
     ss_tensor views[POOL];
-    ss_status status = check_all(x, &specs[op], args, views);
+    any_args copy;
+    const ss_backend *backend = NULL;
+    *bytes = 0;
+    ss_status status = check_op(x, op);
+    if (status == SS_OK) {
+        memcpy(&copy, args, (size_t)specs[op].size);
+        status = check_all(x, &specs[op], &copy, views);
+    }
+    status = status == SS_OK ? find_backend(x, op, &backend) : status;
+    if (status == SS_OK) {
+        *bytes = workspace_of(backend, op, &copy);
+    }
+    return status;
+}
+
+ss_status ss_run(ss_exec *x, int32_t op, void *args) {
+    ss_tensor views[POOL];
+    const ss_backend *backend = NULL;
+    ss_status status = check_op(x, op);
+    status = status == SS_OK ? check_all(x, &specs[op], args, views) : status;
+    status = status == SS_OK ? find_backend(x, op, &backend) : status;
+    status = status == SS_OK ? check_workspace(x, backend, op, args) : status;
     if (status != SS_OK) {
         return status;
     }
-    status = dispatch(x, backend_for(x), op, args);
-    if (status != SS_OK && status != SS_UNSUPPORTED) {
+    status = call_kernel(x, backend, op, args);
+    if (status != SS_OK) {
         /* Kernels write "argument: expected X, got Y"; the operator's name goes in front here. */
         char text[sizeof x->error];
         memcpy(text, x->error, sizeof text);

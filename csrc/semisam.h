@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define SS_ABI 1
+#define SS_ABI 2
 #define SS_MAX_DIMS 6   /* B C D H W and one to spare */
 #define SS_MAX_LIST 128 /* tensors in one list argument */
 #define SS_MAX_THREADS 256
@@ -90,7 +90,11 @@ typedef struct ss_doubles {
 
 /* How to run one call. `threads` n means up to n, 0 up to as many as there are cores; they start
  * where the work is worth it. -n means n at once, whatever the work: for tests. `isa` NULL means
- * the best one here. */
+ * the best one here.
+ * Operators on a device work in `workspace`, memory of the device that the caller owns, of at least
+ * as many bytes as ss_workspace says; the CPU needs none. Values that could break memory safety,
+ * such as a label used as an index, are refused on the CPU; on a device they are masked and counted
+ * in faults[operator's number], device memory of SS_OPS counters, or NULL. */
 typedef struct ss_exec {
     int32_t device;
     int32_t device_index;
@@ -98,6 +102,9 @@ typedef struct ss_exec {
     int32_t reserved;
     void *stream;
     const char *isa;
+    void *workspace;
+    int64_t workspace_bytes;
+    int64_t *faults;
     char error[256];
 } ss_exec;
 
@@ -129,6 +136,9 @@ typedef struct ss_backend {
     const char *name;
     const char *isa;
 #define SS_OP(op, doc, args) ss_status (*op)(ss_exec *, const ss_##op##_args *);
+#include "ops.def"
+/* Bytes of workspace that a call needs; NULL: none. Negative: more than can be counted. */
+#define SS_OP(op, doc, args) int64_t (*op##_workspace)(const ss_##op##_args *);
 #include "ops.def"
 } ss_backend;
 
@@ -168,20 +178,26 @@ SS_API size_t ss_kind_size(int32_t kind);   /* bytes of one slot in an argument 
 /* Checks `args` (an ss_<op>_args) and runs it; `args` is changed: "S*" shapes come out flattened.
  */
 SS_API ss_status ss_run(ss_exec *x, int32_t op, void *args);
+/* Checks `args` and tells how many bytes of workspace ss_run needs for them; `args` stays. */
+SS_API ss_status ss_workspace(ss_exec *x, int32_t op, const void *args, int64_t *bytes);
 
 SS_API const char *ss_version(void);
 SS_API const char *ss_dtype_name(int32_t dtype);
 SS_API size_t ss_dtype_size(int32_t dtype);
 SS_API int64_t ss_count(const ss_tensor *t); /* elements; -1 if the product overflows */
 SS_API const ss_backend *const *ss_cpu_backends(int32_t *n); /* best first; all that run here */
-SS_API void ss_set_cuda_backend(const ss_backend *backend);  /* once, before the first call */
-SS_API const ss_backend *ss_cuda_backend(void);
+/* A backend from a library of its own, once, before the first call that needs it: it serves the
+ * device that it names; one for the CPU serves calls that ask for its instruction set by name. */
+SS_API ss_status ss_add_backend(const ss_backend *backend, char *error, size_t room);
+SS_API const ss_backend *ss_added_backend(int32_t device); /* NULL if there is none */
+/* Whether a backend has an operator. */
+SS_API int32_t ss_has(const ss_backend *backend, int32_t op);
 SS_API int32_t ss_cpu_count(void);
 /* Asks the system for huge pages behind a large fresh buffer; harmless where it cannot. */
 SS_API void ss_advise_huge(void *data, size_t bytes);
 
 static inline ss_exec ss_exec_cpu(int32_t threads) {
-    ss_exec x = {SS_CPU, 0, 0, 0, NULL, NULL, {0}};
+    ss_exec x = {SS_CPU, 0, 0, 0, NULL, NULL, NULL, 0, NULL, {0}};
     x.threads = threads;
     return x;
 }

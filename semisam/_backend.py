@@ -24,7 +24,7 @@ class Info:
 
         >>> import semisam
         >>> semisam.info()["abi"]
-        1
+        2
         """
         build = _core.build_info()
         return Report(
@@ -39,8 +39,7 @@ class Info:
                 "threads": f"{ops.get_num_threads() or build['cpu_count']} of {build['cpu_count']} cores",
                 **{name.lower(): value for name, value in environment().items() if value},
                 **_torch_report(),
-                "cuda backend": "not built: this version has CPU operators only",
-                "operators": {name: ["cpu"] for name in ops.SCHEMA},
+                **_operators(),
             }
         )
 
@@ -59,6 +58,16 @@ class Report(dict[str, Any]):
         return "\n".join(lines)
 
 
+def _operators() -> dict[str, Any]:
+    """Where every operator runs, and why CUDA is not among it."""
+    why = ops.load_cuda()
+    backends = {name: found for name, found in _core.backends().items() if name in ("cpu", "cuda")}
+    return {
+        "cuda backend": f"not usable: {why}" if why else f"{len(backends['cuda'])} operators",
+        "operators": {op: [name for name in backends if op in backends[name]] for op in ops.SCHEMA},
+    }
+
+
 def _torch_report() -> dict[str, Any]:
     if util.find_spec("torch") is None:
         return {"torch": "not installed: pip install 'semisam[torch]' for losses with gradients"}
@@ -73,12 +82,17 @@ def _torch_report() -> dict[str, Any]:
     else:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         why = f"CUDA {torch.version.cuda}: {', '.join(names)}"
-    return {"torch": torch.__version__, "cuda": why, "cudnn": cudnn or "none"}
+    benchmark = "on" if torch.backends.cudnn.benchmark else "off"
+    return {
+        "torch": torch.__version__,
+        "cuda": why,
+        "cudnn": f"{cudnn}, benchmark {benchmark} (a trainer sets it)" if cudnn else "none",
+    }
 
 
 def environment() -> dict[str, str]:
     """Return the environment variables that semisam reads and what they are set to."""
-    return {name: os.environ.get(name, "") for name in ("SEMISAM_THREADS", "SEMISAM_DATA")}
+    return {name: os.environ.get(name, "") for name in ("SEMISAM_THREADS", "SEMISAM_DATA", "SEMISAM_HOME")}
 
 
 info = Info()

@@ -14,6 +14,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from semisam import _core
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SCHEMA", "Arg", "call", "get_num_threads", "set_num_threads"]
+__all__ = ["SCHEMA", "Arg", "call", "faults", "get_num_threads", "set_num_threads"]
 
 
 class Arg(NamedTuple):
@@ -144,11 +145,91 @@ def _contiguous(a: Any) -> Any:
     return a
 
 
-def _raw(op: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+def _raw(op: str, inputs: Sequence[Any], outputs: Sequence[Any], isa: str | None = None) -> None:
     """Interleave inputs and outputs as the schema has them, and run."""
     given, made = iter(inputs), iter(outputs)
     in_order = [next(made if out else given) for out in _IS_OUT[op]]
-    getattr(_core, op)(*in_order, get_num_threads())
+    device: Any = getattr(outputs[0], "device", "cpu")
+    if isa is None and (device == "cpu" or device.type == "cpu"):
+        getattr(_core, op)(*in_order, get_num_threads())
+    elif isa is None:
+        _raw_cuda(op, in_order, device)
+    else:
+        getattr(_core, op)(*in_order, get_num_threads(), isa, _host_workspace)
+
+
+def _host_workspace(size: int) -> Any:
+    """Allocate what a kernel for a device works in, aligned as torch's CUDA allocator aligns."""
+    room = np.empty(size + 256, np.uint8)
+    start = -room.ctypes.data % 256
+    return room[start : start + size]
+
+
+def _raw_cuda(op: str, in_order: Sequence[Any], device: Any) -> None:
+    """Run on `device`: made the current one, with a workspace from torch's allocator."""
+    torch: Any = sys.modules["torch"]
+    why = load_cuda()
+    if why:
+        raise NotImplementedError(f"{op}(): not available on cuda: {why}")
+
+    def workspace(size: int) -> Any:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    with torch.cuda.device(device):
+        getattr(_core, op)(*in_order, 0, None, workspace, _faults_on(device))
+
+
+# ---- the library with the CUDA kernels -----------------------------------------------------------
+
+CUDA_LIBRARY = Path(__file__).with_name("libsemisam_cuda.so")
+
+_faults: dict[int, Any] = {}  # per device: one counter per operator, see `faults`
+
+
+@functools.cache
+def load_cuda() -> str:
+    """Load the CUDA backend at its first use; return "" or a sentence that says why there is none.
+
+    Not at import: asking the driver for devices would forbid CUDA in processes forked later.
+    """
+    if not CUDA_LIBRARY.exists():
+        return "this installation was built without CUDA (SEMISAM_CUDA=1 and nvcc build it)"
+    try:
+        _core.load_backend(CUDA_LIBRARY)
+    except ImportError as e:
+        return str(e).removeprefix(f"load_backend(): {CUDA_LIBRARY}: ")
+    return ""
+
+
+def _faults_on(device: Any) -> Any:
+    """Return the device's counters; None while a graph is being captured and there are none yet."""
+    torch: Any = sys.modules["torch"]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _faults and not torch.cuda.is_current_stream_capturing():
+        _faults[index] = torch.zeros(len(SCHEMA), dtype=torch.int64, device=device)
+        torch.cuda.current_stream(device).synchronize()  # once: other streams may be the next to count
+    return _faults.get(index)
+
+
+def faults() -> dict[str, int]:
+    """Return how many faulty values CUDA operators have left out since the last call, by operator.
+
+    On the CPU a value that could break memory safety, such as a label outside 0..C-1, raises
+    ValueError. On CUDA that would need a synchronisation in every call; such voxels are left out as
+    if they were to be ignored, and counted. This function waits for the devices, reads the counters
+    and sets them to zero.
+
+    >>> from semisam import ops
+    >>> ops.faults()
+    {}
+    """
+    found: dict[str, int] = {}
+    for counters in _faults.values():
+        for op, n in zip(SCHEMA, counters.tolist(), strict=True):
+            if n:
+                found[op] = found.get(op, 0) + n
+        counters.zero_()
+    return found
 
 
 # ---- shapes and dtypes of outputs ---------------------------------------------------------------

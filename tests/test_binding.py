@@ -386,10 +386,11 @@ def test_integer_below_the_range():
     refuses(ValueError, text, prob(), -(2**63), 1, 1, out())
 
 
-@pytest.mark.parametrize("n", [0, 4, 8])
+@pytest.mark.parametrize("n", [0, 4, 10])
 def test_number_of_arguments(n):
-    args = [prob(), 1, 1, 1, out(), 1, None, None][:n]
-    refuses(TypeError, f"mask_logits(): expected 5 arguments (and threads, isa), got {n}", *args)
+    args = [prob(), 1, 1, 1, out(), 1, None, None, None, None][:n]
+    text = f"mask_logits(): expected 5 arguments (and threads, isa, allocate, faults), got {n}"
+    refuses(TypeError, text, *args)
 
 
 def test_keywords_are_refused():

@@ -18,7 +18,7 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = sorted(
     name
     for _, path, _ in pkgutil.walk_packages(semisam.__path__, "semisam.")
-    if (name := path.removeprefix("semisam.")) not in ("_core", "__main__")
+    if (name := path.removeprefix("semisam.")) not in ("_core", "__main__", "libsemisam_cuda")
 )
 
 

@@ -36,7 +36,7 @@ def run(*command, **environment: str) -> str:
     path = os.pathsep.join(p for p in env["PATH"].split(os.pathsep) if "cuda" not in p)
     done = subprocess.run(
         list(map(str, command)),
-        env={**env, "PATH": path, "MAX_JOBS": "2", **environment},
+        env={**env, "PATH": path, "MAX_JOBS": "2", "SEMISAM_CUDA": "0", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -97,7 +97,7 @@ def test_sdist_has_what_a_build_needs(sdist):
     wanted = {
         str(p.relative_to(ROOT))
         for p in (ROOT / "csrc").rglob("*")
-        if p.suffix in (".c", ".h", ".def", ".mk")
+        if p.suffix in (".c", ".h", ".def", ".mk", ".cu", ".cuh")
     }
     wanted |= {
         str(p.relative_to(ROOT)) for p in (ROOT / "semisam").rglob("*.py*") if p.suffix in (".py", ".pyi")

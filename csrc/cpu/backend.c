@@ -16,6 +16,8 @@ static const ss_backend base = {
     "base",
 #define SS_OP(op, doc, args) ss_cpu_##op##_base,
 #include "../ops.def"
+#define SS_OP(op, doc, args) NULL, /* no workspace: the CPU has ss_scratch */
+#include "../ops.def"
 };
 
 #ifdef SS_WITH_V3 /* AVX2 */
@@ -27,6 +29,8 @@ static const ss_backend v3 = {
     "cpu",
     "v3",
 #define SS_OP(op, doc, args) ss_cpu_##op##_v3,
+#include "../ops.def"
+#define SS_OP(op, doc, args) NULL, /* no workspace: the CPU has ss_scratch */
 #include "../ops.def"
 };
 #endif
@@ -40,6 +44,8 @@ static const ss_backend v4 = {
     "cpu",
     "v4",
 #define SS_OP(op, doc, args) ss_cpu_##op##_v4,
+#include "../ops.def"
+#define SS_OP(op, doc, args) NULL, /* no workspace: the CPU has ss_scratch */
 #include "../ops.def"
 };
 #endif

@@ -2,7 +2,10 @@
  *
  * call.c: one operator call, driven by the schema; and status -> exception.
  *
- * Python calls _core.<op>(*arguments in schema order, threads=0, isa=None), all positional.
+ * Python calls _core.<op>(*arguments in schema order, threads=0, isa=None, allocate=None,
+ * faults=None), all positional. allocate(bytes) returns the workspace, an array of so many bytes,
+ * and is called only if the operator needs one; faults is an int64 array with a counter per
+ * operator.
  */
 #include "binding.h"
 
@@ -14,6 +17,7 @@ typedef struct call {
     const ss_op_spec *op;
     PyObject *keep; /* list of what must outlive the call */
     PyObject *device_source;
+    PyObject *allocate;
     ss_exec x;
     _Alignas(16) char slots[MAX_SLOTS];
 } call;
@@ -154,17 +158,56 @@ static int put_slot(call *c, const ss_arg_spec *spec, PyObject *object, char *p)
     }
 }
 
-static PyObject *raise_status(ss_status status, const char *text) {
-    PyObject *type = status == SS_INVALID       ? PyExc_ValueError
-                     : status == SS_WRONG_TYPE  ? PyExc_TypeError
-                     : status == SS_NO_MEMORY   ? PyExc_MemoryError
-                     : status == SS_UNSUPPORTED ? PyExc_NotImplementedError
-                                                : PyExc_RuntimeError;
-    PyErr_SetString(type, text);
-    return NULL;
+static int put_isa(call *c, PyObject *object) {
+    PyObject *bytes = PyUnicode_Check(object) ? PyUnicode_AsUTF8String(object) : NULL;
+    if (!bytes) {
+        PyErr_Clear();
+        return bad_type(c, "isa", "a name such as v3", object);
+    }
+    int failed = PyList_Append(c->keep, bytes) < 0;
+    Py_DECREF(bytes);
+    if (failed) {
+        return -1;
+    }
+    c->x.isa = PyBytes_AsString(bytes);
+    return 0;
 }
 
-/* What may follow the schema's own arguments: the thread count, and an instruction set by name. */
+/* Memory for the kernels' own use, checked: writable, on the call's device, without gaps. */
+static int put_memory(call *c, const char *label, PyObject *object, ss_tensor *t) {
+    if (ss_py_tensor(object, c->op->name, label, t, c->keep) < 0) {
+        return -1;
+    }
+    int64_t stride = 1;
+    int gaps = 0;
+    for (int32_t d = t->ndim - 1; d >= 0; --d) {
+        gaps |= t->shape[d] != 1 && t->stride[d] != stride;
+        stride *= t->shape[d];
+    }
+    if (gaps || t->read_only || t->device != c->x.device || t->device_index != c->x.device_index) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s(): %s: expected a writable contiguous array on the call's device",
+                     c->op->name, label);
+        return -1;
+    }
+    return 0;
+}
+
+static int put_faults(call *c, PyObject *object) {
+    ss_tensor t;
+    if (put_memory(c, "faults", object, &t) < 0) {
+        return -1;
+    }
+    if (t.dtype != SS_I64 || ss_count(&t) != SS_OPS) {
+        PyErr_Format(PyExc_ValueError, "%s(): faults: expected %d numbers of dtype i64",
+                     c->op->name, (int)SS_OPS);
+        return -1;
+    }
+    c->x.faults = t.data;
+    return 0;
+}
+
+/* What may follow the schema's own arguments; the head of this file says what. */
 static int put_options(call *c, PyObject *const *args, Py_ssize_t n) {
     static const ss_arg_spec spec = {.name = "threads", .kind = SS_KIND_INT};
     if (n > 0) {
@@ -181,26 +224,53 @@ static int put_options(call *c, PyObject *const *args, Py_ssize_t n) {
         }
         c->x.threads = (int32_t)threads;
     }
-    if (n > 1 && args[1] != Py_None) {
-        PyObject *bytes = PyUnicode_Check(args[1]) ? PyUnicode_AsUTF8String(args[1]) : NULL;
-        if (!bytes) {
-            PyErr_Clear();
-            return bad_type(c, "isa", "a name such as v3", args[1]);
-        }
-        int failed = PyList_Append(c->keep, bytes) < 0;
-        Py_DECREF(bytes);
-        if (failed) {
-            return -1;
-        }
-        c->x.isa = PyBytes_AsString(bytes);
+    if (n > 1 && args[1] != Py_None && put_isa(c, args[1]) < 0) {
+        return -1;
     }
+    if (n > 2 && args[2] != Py_None) {
+        c->allocate = args[2];
+    }
+    return n > 3 && args[3] != Py_None ? put_faults(c, args[3]) : 0;
+}
+
+static PyObject *raise_status(ss_status status, const char *text) {
+    PyObject *type = status == SS_INVALID       ? PyExc_ValueError
+                     : status == SS_WRONG_TYPE  ? PyExc_TypeError
+                     : status == SS_NO_MEMORY   ? PyExc_MemoryError
+                     : status == SS_UNSUPPORTED ? PyExc_NotImplementedError
+                                                : PyExc_RuntimeError;
+    PyErr_SetString(type, text);
+    return NULL;
+}
+
+/* Asks the caller for the workspace that the operator needs. */
+static int put_workspace(call *c, int32_t op) {
+    int64_t bytes = 0;
+    ss_status status = ss_workspace(&c->x, op, c->slots, &bytes);
+    if (status != SS_OK) {
+        raise_status(status, c->x.error);
+        return -1;
+    }
+    if (bytes <= 0) {
+        return 0; /* ss_run tells about a negative size */
+    }
+    PyObject *array = PyObject_CallFunction(c->allocate, "L", (long long)bytes);
+    int failed = !array || PyList_Append(c->keep, array) < 0;
+    Py_XDECREF(array); /* `keep` has it */
+    ss_tensor t;
+    if (failed || put_memory(c, "workspace", array, &t) < 0) {
+        return -1;
+    }
+    c->x.workspace = t.data;
+    c->x.workspace_bytes = ss_count(&t) * (int64_t)ss_dtype_size(t.dtype);
     return 0;
 }
 
 static PyObject *run(call *c, int32_t op, PyObject *const *args, Py_ssize_t n) {
     const int32_t n_args = c->op->n_args;
-    if (n < n_args || n > n_args + 2) {
-        PyErr_Format(PyExc_TypeError, "%s(): expected %d arguments (and threads, isa), got %zd",
+    if (n < n_args || n > n_args + 4) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s(): expected %d arguments (and threads, isa, allocate, faults), got %zd",
                      c->op->name, (int)n_args, n);
         return NULL;
     }
@@ -212,6 +282,9 @@ static PyObject *run(call *c, int32_t op, PyObject *const *args, Py_ssize_t n) {
         p += ss_kind_size(c->op->args[i].kind);
     }
     if (put_options(c, args + n_args, n - n_args) < 0) {
+        return NULL;
+    }
+    if (c->allocate && put_workspace(c, op) < 0) {
         return NULL;
     }
     ss_status status;

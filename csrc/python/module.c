@@ -6,6 +6,15 @@
 #define SS_IMPORTS_NUMPY
 #include "binding.h"
 
+#include <string.h>
+
+#if defined(_WIN32)
+#define SS_HAS_DLOPEN 0
+#else
+#define SS_HAS_DLOPEN 1
+#include <dlfcn.h>
+#endif
+
 /* ops.def line -> Python function. */
 #define SS_OP(op, doc, args)                                                                       \
     static PyObject *py_##op(PyObject *module, PyObject *const *argv, Py_ssize_t n) {              \
@@ -63,6 +72,81 @@ static PyObject *build_info(PyObject *module, PyObject *none) {
                          "compiler", __VERSION__, "cpu_count", (int)ss_cpu_count(), "isa", isas);
 }
 
+/* What a library with a backend exports: its table, or NULL and a sentence that says why not. */
+typedef const ss_backend *(*backend_entry)(int32_t abi, char *error, int64_t room);
+
+#if SS_HAS_DLOPEN
+static const ss_backend *open_backend(const char *path, char *error, size_t room) {
+    /* Local and never closed: nothing leaks into the process, and its functions stay. */
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
+        const char *why = dlerror();
+        PyOS_snprintf(error, room, "cannot be loaded: %s", why ? why : "no reason given");
+        return NULL;
+    }
+    backend_entry entry = NULL;
+    void *symbol = dlsym(library, "semisam_cuda");
+    memcpy(&entry, &symbol, sizeof entry); /* ISO C has no cast from object to function */
+    if (!entry) {
+        PyOS_snprintf(error, room, "is not a backend of semisam: it exports no semisam_cuda");
+        return NULL;
+    }
+    return entry(SS_ABI, error, (int64_t)room);
+}
+#else
+static const ss_backend *open_backend(const char *path, char *error, size_t room) {
+    (void)path;
+    PyOS_snprintf(error, room, "this system has no dlopen");
+    return NULL;
+}
+#endif
+
+static PyObject *load_backend(PyObject *module, PyObject *path) {
+    (void)module;
+    PyObject *bytes = NULL;
+    if (!PyUnicode_FSConverter(path, &bytes)) {
+        return NULL;
+    }
+    char error[512] = "gave no reason";
+    const ss_backend *backend = open_backend(PyBytes_AsString(bytes), error, sizeof error);
+    if (!backend || ss_add_backend(backend, error, sizeof error) != SS_OK) {
+        PyErr_Format(PyExc_ImportError, "%s(): %S: %s", "load_backend", path, error);
+        Py_DECREF(bytes);
+        return NULL;
+    }
+    Py_DECREF(bytes);
+    return Py_NewRef(Py_None);
+}
+
+static PyObject *operators_of(const ss_backend *backend) {
+    PyObject *names = PyList_New(0);
+    for (int32_t op = 0; names && op < SS_OPS; ++op) {
+        PyObject *name = ss_has(backend, op) ? PyUnicode_FromString(ss_op_specs()[op].name) : NULL;
+        if ((name && PyList_Append(names, name) < 0) || PyErr_Occurred()) {
+            Py_CLEAR(names);
+        }
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyObject *backends(PyObject *module, PyObject *none) {
+    (void)module;
+    (void)none;
+    int32_t n = 0;
+    const ss_backend *all[] = {ss_cpu_backends(&n)[0], ss_added_backend(SS_CPU),
+                               ss_added_backend(SS_CUDA)};
+    PyObject *found = PyDict_New();
+    for (size_t i = 0; found && i < sizeof all / sizeof all[0]; ++i) {
+        PyObject *names = all[i] ? operators_of(all[i]) : NULL;
+        if ((names && PyDict_SetItemString(found, all[i]->name, names) < 0) || PyErr_Occurred()) {
+            Py_CLEAR(found);
+        }
+        Py_XDECREF(names);
+    }
+    return found;
+}
+
 static PyObject *advise_huge(PyObject *module, PyObject *object) {
     (void)module;
     ss_tensor t;
@@ -86,6 +170,10 @@ static PyMethodDef methods[] = {
 #include "../ops.def"
     {"schema", schema, METH_NOARGS, "schema()\n--\n\nWhat ops.def says, as nested tuples."},
     {"build_info", build_info, METH_NOARGS, "build_info()\n--\n\nHow the core was built."},
+    {"load_backend", load_backend, METH_O,
+     "load_backend(path, /)\n--\n\nLoad a library with a backend; ImportError says why not."},
+    {"backends", backends, METH_NOARGS,
+     "backends()\n--\n\nNames of the backends in this process, each with its operators."},
     {"advise_huge", advise_huge, METH_O,
      "advise_huge(array, /)\n--\n\nAsk for huge pages behind a large fresh array."},
     {NULL, NULL, 0, NULL},

@@ -48,7 +48,59 @@ static void test_dtype_and_device(void) {
     a.prob.device = a.logits.device = SS_CUDA;
     CHECK(ss_mask_logits(&x, &a) == SS_UNSUPPORTED, "no CUDA backend in this library");
     CHECK_TEXT(x.error, "mask_logits(): not available on cuda");
-    CHECK(ss_cuda_backend() == NULL, "none set");
+    CHECK(ss_added_backend(SS_CUDA) == NULL, "none set");
+}
+
+/* A backend for a device that this process does not have: three numbers of workspace per call. */
+static ss_status device_call(ss_exec *x, const ss_mask_logits_args *a) {
+    (void)a;
+    ((char *)x->workspace)[x->workspace_bytes - 1] = 1;
+    return SS_OK;
+}
+
+static int64_t asked = 24;
+static int64_t device_workspace(const ss_mask_logits_args *a) {
+    (void)a;
+    return asked;
+}
+
+static void test_backend(void) {
+    static ss_backend backend = {.abi = SS_ABI + 1, .device = SS_CUDA, .name = "a", .isa = "b"};
+    char text[256];
+    CHECK(ss_add_backend(&backend, text, sizeof text) == SS_INVALID, "another ABI");
+    CHECK_TEXT(text, "expected a backend of ABI 2, got 3: rebuild it");
+    backend.abi = SS_ABI;
+    backend.device = 7;
+    CHECK(ss_add_backend(&backend, text, sizeof text) == SS_INVALID, "another device");
+    CHECK_TEXT(text, "expected a backend for device 1 or 2, got 7");
+    CHECK(ss_added_backend(7) == NULL && ss_added_backend(SS_CUDA) == NULL, "nothing was added");
+    backend.device = SS_CUDA;
+    backend.mask_logits = device_call;
+    backend.mask_logits_workspace = device_workspace;
+    CHECK(ss_add_backend(&backend, text, sizeof text) == SS_OK, "added");
+    CHECK(ss_added_backend(SS_CUDA) == &backend, "and found");
+    CHECK(ss_has(&backend, SS_OP_mask_logits) && !ss_has(&backend, SS_OP_edt), "what it has");
+    CHECK(!ss_has(&backend, -1) && !ss_has(&backend, SS_OPS), "no such operators");
+    ss_mask_logits_args a = good();
+    a.prob.device = a.logits.device = SS_CUDA;
+    ss_exec x = ss_exec_cpu(1);
+    x.device = SS_CUDA;
+    int64_t bytes = 0;
+    CHECK(ss_workspace(&x, SS_OP_mask_logits, &a, &bytes) == SS_OK && bytes == 24, "its size");
+    CHECK(ss_workspace(&x, SS_OPS, &a, &bytes) == SS_INVALID, "no such operator");
+    CHECK(ss_mask_logits(&x, &a) == SS_INVALID, "no workspace");
+    CHECK_TEXT(x.error, "mask_logits(): workspace: expected 24 bytes, got 0");
+    char room[24] = {0};
+    x.workspace = room;
+    x.workspace_bytes = 23;
+    CHECK(ss_mask_logits(&x, &a) == SS_INVALID, "a byte too few");
+    x.workspace_bytes = 24;
+    CHECK(ss_mask_logits(&x, &a) == SS_OK && room[23] == 1, "enough");
+    asked = -1;
+    CHECK(ss_mask_logits(&x, &a) == SS_NO_MEMORY, "a size that cannot be counted");
+    asked = 24;
+    a.prob.ndim = 3;
+    CHECK(ss_workspace(&x, SS_OP_mask_logits, &a, &bytes) == SS_INVALID && bytes == 0, "checked");
 }
 
 static void test_shape(void) {
@@ -279,6 +331,7 @@ int main(void) {
         volume[i] = 0.25f;
     }
     test_dtype_and_device();
+    test_backend();
     test_shape();
     test_size();
     test_memory();
