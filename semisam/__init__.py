@@ -16,7 +16,7 @@ __version__ = info.version
 __all__ = ["get_num_threads", "info", "set_num_threads"]
 _MODULES = (
     *("fusion", "gate", "generalists", "losses", "masks", "metrics", "ops", "prompts", "random_walk"),
-    *("reference", "schedules", "specialists", "term"),
+    *("published", "reference", "schedules", "specialists", "term"),
 )
 _NAMES = {"SemiSAMTerm": "term"}  # names that need torch
 

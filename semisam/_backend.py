@@ -92,7 +92,8 @@ def _torch_report() -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """Return the environment variables that semisam reads and what they are set to."""
-    return {name: os.environ.get(name, "") for name in ("SEMISAM_THREADS", "SEMISAM_KEEP_MB", "SEMISAM_DATA")}
+    names = ("SEMISAM_THREADS", "SEMISAM_KEEP_MB", "SEMISAM_DATA", "SEMISAM_HOME")
+    return {name: os.environ.get(name, "") for name in names}
 
 
 info = Info()

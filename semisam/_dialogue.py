@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from semisam import prompts
 from semisam.gate import largest_components
 
-__all__ = ["MODES", "Answers", "Request", "Slot", "joined", "largest"]
+__all__ = ["MODES", "Answers", "Request", "Slot", "joined", "largest", "usable"]
 
 MODES: dict[str, frozenset[str]] = {
     "point": frozenset({"points"}),
@@ -26,6 +25,7 @@ MODES: dict[str, frozenset[str]] = {
 """Prompt modes, and the kinds of prompts that a generalist must take for them."""
 
 _SURE = 10.0  # the logit of a certain answer
+_SAME = "are the same in every voxel"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Answers:
     rounds: list[Any]
     done: list[int]
     clicks: prompts.PromptBatch
-    failed: int = 0
+    failed: dict[str, int] = field(default_factory=dict)  # what was wrong: rows
     seconds: float = 0.0
     info: dict[str, float] = field(default_factory=dict)
     score: float = 1.0
@@ -62,23 +62,48 @@ class Slot:
     mode: str
     number: int
 
-    def ask(self, request: Request, settings: Mapping[str, Any]) -> Answers:
-        """All rounds; a row that has converged or failed keeps its last answer and is not asked again."""
-        spec = self.generalist.spec
-        space = tuple(request.prob.shape[2:])
-        if len(space) not in spec.spatial_dims:
+    def check(self, space: tuple[int, ...], classes: int) -> None:
+        """Raise ValueError for images and numbers of foreground classes that the generalist cannot take."""
+        spec, who = self.generalist.spec, "SemiSAMTerm(): generalist: "
+        if len(space) not in spec.spatial_dims and self._slice_axis(len(space)) is None:
             wanted = " or ".join(f"{n}-D" for n in spec.spatial_dims)
             raise ValueError(
-                f"SemiSAMTerm(): generalist: {self.name} takes {wanted} images, got {len(space)}-D ones of "
-                f"shape {space}; choose another generalist"
+                f"{who}{self.name} takes {wanted} images, got {len(space)}-D ones of shape {space}; choose "
+                "another generalist"
             )
+        if spec.max_classes is not None and classes > spec.max_classes:
+            raise ValueError(
+                f"{who}{self.name} takes prompts for {spec.max_classes} foreground classes at most, got "
+                f"{classes}; choose another generalist, or give it more"
+            )
+
+    def _slice_axis(self, dims: int) -> int | None:
+        """The axis along which images of so many axes are cut for it; None: they are not."""
+        spec = self.generalist.spec
+        return (
+            spec.slice_axis if dims == 3 and 3 not in spec.spatial_dims and 2 in spec.spatial_dims else None
+        )
+
+    def ask(self, request: Request, settings: Mapping[str, Any], *, whole: bool = True) -> Answers:
+        """All rounds; a row that has converged or failed keeps its last answer and is not asked again.
+
+        The same number everywhere is no answer to learn from. With `whole=False` it is one: in a slice, and
+        where answers are judged, so that one class without a voxel does not cost the others their score.
+        """
         target, _, skip = request.targets
+        self.check(tuple(target.shape[2:]), target.shape[1])
+        axis = self._slice_axis(target.ndim - 2)
+        if axis is not None:
+            return _slice_by_slice(self, request, settings, axis, whole)
+        if bool(skip.all()):
+            nothing = prompts.PromptBatch.empty(len(target), target.shape[1], target.shape[2:], target)
+            return Answers([], [0] * len(skip), nothing)
         began = time.perf_counter()
         state = self.generalist.encode(request.images, spacing=request.spacing)
         seconds = time.perf_counter() - began
         dialogue = _Dialogue(self, request, settings, state)
-        answer = torch.full(target.shape, -_SURE, device=target.device)
-        answered, active, low = torch.zeros_like(skip), ~skip, None
+        answer = low = None
+        answered, active = torch.zeros_like(skip), ~skip
         made = Answers([], [0] * len(skip), dialogue.clicks)
         done = torch.zeros(len(skip), dtype=torch.int64, device=skip.device)
         for k in range(settings["clicks"] if "points" in MODES[self.mode] else 1):
@@ -87,25 +112,18 @@ class Slot:
                 break
             began = time.perf_counter()
             decoded = self.generalist.decode(state, dialogue.sent(request.images.device), active)
+            logits = decoded.logits.to(target.device, torch.float32)  # waits for a GPU
             seconds += time.perf_counter() - began
-            logits = self._checked(decoded.logits, target).to(target.device, torch.float32)
-            good = active & logits.flatten(2).isfinite().all(2)
-            made.failed += int((active & ~good).sum())
+            good = active & usable(logits, target, active, made.failed, whole)
+            if not bool(good.any()):
+                break
             active, answered, done = good, answered | good, done + good.any(1)
-            answer = torch.where(_over(good, logits), logits, answer)
-            given = decoded.low_res.to(target.device)
-            low = torch.where(_over(good, given), given, torch.zeros_like(given) if low is None else low)
+            answer = _renewed(good, logits, answer, -_SURE)
+            low = _renewed(good, decoded.low_res.to(target.device), low, 0.0)
             made.rounds.append(answer)
             for name, value in (decoded.info or {}).items():
                 made.info[name] = made.info.get(name, 0) + value
         done = done * (answered | skip).all(1)
-        if made.failed:
-            warnings.warn(
-                f"SemiSAMTerm(): {self.name}: {made.failed} answers are not finite at step {request.step}; "
-                "a sample without an earlier answer is left out",
-                RuntimeWarning,
-                stacklevel=2,
-            )
         if self.mode == "point":
             made.rounds, done = made.rounds[-1:], done.clamp_max(1)
         # Rounds beyond those of every sample that counts have no weight in the fusion, and no place.
@@ -114,13 +132,93 @@ class Slot:
         made.clicks, made.seconds = dialogue.clicks, seconds
         return made
 
-    def _checked(self, logits: Any, target: Any) -> Any:
-        if tuple(logits.shape) != tuple(target.shape):
-            raise ValueError(
-                f"SemiSAMTerm(): generalist: expected logits {tuple(target.shape)} from {self.name}, "
-                f"got {tuple(logits.shape)}"
-            )
-        return logits
+
+def usable(logits: Any, target: Any, active: Any, failed: dict[str, int], whole: bool = True) -> Any:
+    """Rows [B, F] that say something; those asked for that do not are counted, by what is wrong."""
+    if tuple(logits.shape) != tuple(target.shape):
+        what = f"have shape {tuple(logits.shape)}, expected {tuple(target.shape)}"
+        failed[what] = failed.get(what, 0) + int(active.sum())
+        return torch.zeros_like(active)
+    rows = logits.flatten(2)
+    low, high = rows.amin(2), rows.amax(2)  # both are NaN where a voxel is
+    finite = low.isfinite() & high.isfinite()
+    varied = ~finite | (low != high) if whole else torch.ones_like(finite)
+    for what, right in (("are not finite", finite), (_SAME, varied)):
+        if count := int((active & ~right).sum()):
+            failed[what] = failed.get(what, 0) + count
+    return finite & varied
+
+
+def _slice_by_slice(
+    slot: Slot, request: Request, settings: Mapping[str, Any], axis: int, whole: bool
+) -> Answers:
+    """Ask a 2-D generalist about volumes [B, *, D, H, W]: every slice along `axis` is an image of its own.
+
+    Asked are the slices in which the target of a class has a voxel; each has the prompts that the mode makes
+    of that slice: its own clicks, mask prompt and box. All slices of all samples are one batch. A slice
+    that is not asked is background, and a sample's rounds are those of its slice with the most.
+    """
+    volumes = request.targets
+    batch, f = volumes.target.shape[:2]
+    depth = volumes.target.shape[2 + axis]
+
+    def cut(a: Any) -> Any:
+        return a.movedim(2 + axis, 1).flatten(0, 1)
+
+    target = cut(volumes.target)
+    skip = volumes.skip.repeat_interleave(depth, 0) | ~target.flatten(2).any(2)
+    kept = (~skip).any(1).nonzero()[:, 0]
+    if not len(kept):
+        empty = prompts.PromptBatch.empty(batch, f, volumes.target.shape[2:], volumes.target)
+        return Answers([], [0] * batch, empty)
+    spacing = None
+    if request.spacing is not None:
+        spacing = tuple(s for i, s in enumerate(request.spacing) if i != axis)
+    one = Request(
+        cut(request.images)[kept.to(request.images.device)],
+        cut(request.prob)[kept],
+        prompts.SpecialistTargets(target[kept], cut(volumes.region)[kept], skip[kept]),
+        request.step,
+        # Words of 32 bits, different for the slices of one step unless ids are larger than any data set.
+        [(request.ids[i // depth] * depth + i % depth) % 2**32 for i in kept.tolist()],
+        spacing,
+    )
+    made = slot.ask(one, settings, whole=False)
+
+    def joined_again(values: Any, otherwise: float) -> Any:
+        every = torch.full((batch * depth, *values.shape[1:]), otherwise, dtype=values.dtype)
+        every = every.to(values.device)
+        every[kept] = values
+        return every.reshape(batch, depth, *values.shape[1:])
+
+    silent = torch.zeros_like(volumes.skip)
+    if made.rounds and whole:  # over a whole volume the same number everywhere says nothing
+        low, high = made.rounds[-1].flatten(2).aminmax(dim=2)
+        low = joined_again(torch.where(skip[kept], torch.inf, low), torch.inf).amin(1)
+        high = joined_again(torch.where(skip[kept], -torch.inf, high), -torch.inf).amax(1)
+        silent = low == high
+        if count := int(silent.sum()):
+            made.failed[_SAME] = made.failed.get(_SAME, 0) + count
+    done = torch.tensor(made.done)
+    # The largest; 0 if a slice has no answer, for its part of the target is not background.
+    rounds = joined_again(torch.where(done > 0, done, torch.iinfo(torch.int32).min).to(kept.device), 0)
+    failed = (rounds < 0).any(1) | silent.any(1)
+    made.done = torch.where(failed, 0, rounds.amax(1)).tolist()
+    counted = made.rounds[: max(made.done)]
+    made.rounds = [joined_again(r, -_SURE).movedim(1, 2 + axis).contiguous() for r in counted]
+    made.clicks = _clicks_of_slices(made.clicks, kept, axis, volumes.target.shape, joined_again)
+    return made
+
+
+def _clicks_of_slices(clicks: Any, kept: Any, axis: int, shape: Any, joined_again: Any) -> Any:
+    """Clicks [M, F, K, 2] on slices as clicks [B, F, D K, 3] on volumes."""
+    batch, f, depth = shape[0], shape[1], shape[2 + axis]
+    place = (kept % depth).reshape(-1, 1, 1, 1).expand(*clicks.points.shape[:3], 1)
+    points = torch.cat([clicks.points[..., :axis], place, clicks.points[..., axis:]], -1)
+    points, labels = joined_again(points, 0).transpose(1, 2), joined_again(clicks.labels, -1).transpose(1, 2)
+    return prompts.PromptBatch(
+        tuple(shape[2:]), points.reshape(batch, f, -1, 3), labels.reshape(batch, f, -1)
+    )
 
 
 class _Dialogue:
@@ -132,6 +230,7 @@ class _Dialogue:
         self.takes = slot.generalist.spec.prompts
         self.batch = prompts.PromptBatch.empty(len(target), target.shape[1], target.shape[2:], target)
         self.clicks = self.batch
+        self.current: Any = None  # the mask so far, in the same memory in every round
         if "box" in self.takes and (settings["box"] or slot.mode == "box"):
             box, _ = prompts.boxes(target, settings["box_margin"])
             self.batch = replace(self.batch, boxes=box)
@@ -144,9 +243,11 @@ class _Dialogue:
             self.batch = replace(self.batch, mask_logits=self._mask())
             return active
         s, (target, region, _) = self.settings, self.request.targets
+        if answer is not None:
+            self.current = torch.gt(answer, 0, out=self.current)
         point, label = prompts.next_click(
             target,
-            answer > 0,
+            self.current,
             region,
             # Generalists draw independently: one that has erred alike must not get the same clicks.
             seed=(int(s["seed"]) + self.slot.number * 0x9E3779B97F4A7C15) % 2**64,
@@ -157,8 +258,9 @@ class _Dialogue:
             rule=s["rule"],
             skip=~active,
         )
-        handed = low if "mask" in self.takes else None
-        self.batch = self.batch.append(point, label, s["click_memory"], handed)
+        # Without a mask prompt its clicks are all that a generalist knows of the rounds before.
+        memory, handed = (s["click_memory"], low) if "mask" in self.takes else ("all", None)
+        self.batch = self.batch.append(point, label, memory, handed)
         self.clicks = self.clicks.append(point, label, "all")
         return label >= 0
 
@@ -197,8 +299,19 @@ def largest(request: Request) -> Answers:
 
 
 def joined(logits: Any) -> Any:
-    """One-vs-rest logits [B, F, *S] as logits of all classes: (0, l_1, ..., l_F)."""
+    """One-vs-rest logits [B, F, *S] as `fuse` takes them: of all classes, (0, l_1, ..., l_F), or as they are
+    if there is one foreground class.
+    """
+    if logits.shape[1] == 1:
+        return logits
     return torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
+
+
+def _renewed(rows: Any, new: Any, old: Any, otherwise: float) -> Any:
+    """`new` [B, F, *any] in the rows [B, F], `old` (None: `otherwise`) in the others."""
+    if bool(rows.all()):
+        return new
+    return torch.where(_over(rows, new), new, torch.full_like(new, otherwise) if old is None else old)
 
 
 def _over(rows: Any, array: Any) -> Any:

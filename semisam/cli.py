@@ -23,6 +23,8 @@ COMMANDS: dict[str, str] = {
     "report": "write report.html of one run, or of several methods and draws",
     "demo": "train, compare and report on generated volumes, or on your scans",
     "pseudo-label": "label unlabeled scans, the most doubtful first for review",
+    "generalists": "list the models that may teach: needs, licence, weights, training sets",
+    "fetch": "get a generalist's published weights",
     "doctor": "show build, backends, threads and versions, and why something is missing",
 }
 

@@ -386,23 +386,35 @@ def agreement(label: Any, target: Any, num_classes: int, *, ignore_index: int = 
             f"agreement(): target: expected the label's shape {tuple(label.shape)}, or masks with "
             f"{num_classes - 1} channels behind the batch, got {tuple(target.shape)}"
         )
-    valid = label != ignore_index
-    if not masks:
-        valid = valid & (target != ignore_index)
-    space = tuple(range(1, label.ndim))
     total: Any = 0.0
     count: Any = 0
     for c in range(1, num_classes):
-        ours = (label == c) & valid
-        theirs = ((target[:, c - 1] != 0) if masks else (target == c)) & valid
-        both = (ours & theirs).sum(space)
-        size = ours.sum(space) + theirs.sum(space)
+        ours, theirs, both = _overlap(label, target, c, num_classes, ignore_index, masks)
+        size = ours + theirs
         occurs = size > 0
         total = total + 2.0 * both / (size + ~occurs)
         count = count + 1 * occurs
     none = count == 0
     result = (total + none) / (count + none)
     return result.double() if ops.is_torch(result) else result
+
+
+def _overlap(
+    label: Any, target: Any, c: int, num_classes: int, ignore_index: int, masks: bool
+) -> tuple[Any, Any, Any]:
+    """Voxels [B] of class c in the label, in the target and in both."""
+    if masks and ops.dtype_name(label) == "u8" and ops.dtype_name(target) == "bool":
+        # The target stands for the prediction: the operator looks for ignored voxels in the reference.
+        mask = target[:, c - 1].view(label.dtype) * c if num_classes > 2 else target[:, 0]
+        counts = ops.call("overlap", mask, label, num_classes, 1, ignore_index)[:, c]
+        return counts[:, 1], counts[:, 0], counts[:, 2]
+    valid = label != ignore_index
+    if not masks:
+        valid = valid & (target != ignore_index)
+    space = tuple(range(1, label.ndim))
+    ours = (label == c) & valid
+    theirs = ((target[:, c - 1] != 0) if masks else (target == c)) & valid
+    return ours.sum(space), theirs.sum(space), (ours & theirs).sum(space)
 
 
 def join_classes(logits: Sequence[Any]) -> Any:

@@ -400,16 +400,27 @@ def _torch_kernel(op: str, torch: Any) -> Any:
         device = _device(inputs, torch)
         outputs = []
         for shape, dtype in output_specs(op, inputs):
-            size = math.prod(shape) * dtypes[dtype].itemsize
-            if device.type == "cpu" and size >= _LARGE:
-                storage = torch.from_numpy(_core.empty(size)).untyped_storage()
-                outputs.append(torch.empty(0, dtype=dtypes[dtype]).set_(storage, 0, shape))
-            else:
-                outputs.append(torch.empty(shape, dtype=dtypes[dtype], device=device))
+            outputs.append(empty(shape, dtypes[dtype], device))
         _raw(op, inputs, outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return kernel
+
+
+def empty(shape: Sequence[int], dtype: Any, device: Any) -> Any:
+    """Return a torch tensor without values; a large one on the CPU takes the memory of a dead one.
+
+    >>> import torch
+    >>> from semisam import ops
+    >>> ops.empty((2, 3), torch.float32, torch.device("cpu")).shape
+    torch.Size([2, 3])
+    """
+    torch: Any = sys.modules["torch"]
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _LARGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    storage = torch.from_numpy(_core.empty(size)).untyped_storage()
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 def _torch_fake(op: str, torch: Any) -> Any:

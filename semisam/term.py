@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -86,12 +87,15 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+_PIECE = 1 << 16  # voxels that are looked at together
+
+
 class LastCall(NamedTuple):
     """What the last call made, for pictures; voxels of samples that were left out have weight 0."""
 
     image: Any  # [B, channels, *S]
     prob: Any  # [B, C, *S], what the prompts came from
-    prompt_target: Any  # [B, F, *S], bool: what the generalists were asked for
+    prompt_target: Any  # [B, F, *S], bool: what the generalists were asked for (None: labels from before)
     clicks: dict[str, prompts.PromptBatch]  # by source: all clicks of all rounds
     answers: dict[str, Any]  # by source: logits of its last round [B, F, *S]
     target: Any  # the pseudo-label: soft [B, C, *S] or hard [B, *S] (255: too uncertain)
@@ -115,7 +119,7 @@ class LastCall(NamedTuple):
             torch.cat([batch.points[sample], batch.labels[sample, ..., None]], -1).flatten(0, 1)
             for batch in self.clicks.values()
         ]
-        clicks = torch.cat(rows)
+        clicks = torch.cat(rows) if rows else torch.zeros(0, self.prob.ndim - 1)
         return {
             **{name: array.detach().float().cpu().numpy() for name, array in arrays.items()},
             "clicks": clicks[clicks[:, -1] >= 0].int().cpu().numpy(),
@@ -127,17 +131,18 @@ class SemiSAMTerm:
 
         L = lam_sam w_sam(step) min(1, step / (warmup total_steps)) L_sam(student's logits; q, w)
 
-    `generalist`: a name of `semisam.generalists`, a dotted path, a `Generalist`, or a list of them; every
-    one has its own clicks. `total_steps` is the length of the training. None stands for the value of the
-    `preset`: "plus" (default) or "ref", which is the papers' intent without their defects.
+    `generalist`: a name of `semisam.generalists`, a dotted path, a `Generalist`, a function `(images,
+    prompts) -> logits` (`semisam.generalists.callable`), or a list of them; every one has its own clicks.
+    `total_steps` is the length of the training. None stands for the value of the `preset`: "plus" (default)
+    or "ref", which is the papers' intent without their defects.
 
     Prompts, from the teacher's probability of each foreground class (`semisam.prompts`): `mode` "point"
     (`clicks` rounds, last answer used), "unc" (all late answers used), "mask" (one round, mask prompt),
     "mixed" ("unc" with the mask prompt as round 0) or "box", for all or one per generalist; `rule` "ritm" or
-    "random" (None: RITM in rounds 0 and 1, then random); `click_memory` "last" or "all"; `tau_p`,
-    `threshold`, `p_min`, `prompt_lcc`: `specialist_targets`; `box`: give the target's box, too, enlarged
-    by `box_margin`, to generalists that take one; `seed` with (step, sample id, class, round) decides
-    every click.
+    "random" (None: RITM in rounds 0 and 1, then random); `click_memory` "last" or "all" (always so where a
+    generalist takes no mask prompt); `tau_p`, `threshold`, `p_min`, `prompt_lcc`: `specialist_targets`;
+    `box`: give the target's box, too, enlarged by `box_margin`, to generalists that take one; `seed` with
+    (step, sample id, class, round) decides every click.
 
     Pseudo-label (`semisam.fusion`): `target` "soft" or "hard", `label_rounds` and `doubt_rounds` "late",
     "last", "all"; `unc`, `weight`, `kappa`; `tau_c`, `tau_u` for hard targets (and `weight="gate"`);
@@ -146,7 +151,13 @@ class SemiSAMTerm:
 
     Loss: `loss` "mse", "ce", "ce_dice"; `min_weight`; `lam_sam`; `w0`, `ramp` "falling" (published),
     "rising" or "flat", `ramp_length` (blocks of 150 steps): `schedules.sam_weight`; `warmup`, a share of
-    the training; `sam_every`: other steps give exactly 0.
+    the training; `sam_every`: other steps give exactly 0. A generalist that takes more than `budget` seconds
+    in a step (None: any time) is told of, and listed in `diagnostics["slow"]`.
+
+    An answer that is not finite, of another shape, or the same number in every voxel says nothing: that
+    source is left out for these samples, with a RuntimeWarning (at the 1st, 10th, 100th, ... time). The
+    rows are counted in `diagnostics["failed_rows"]`; a source without any usable answer is in "dropped" with
+    the reason, and "drops" counts these steps since the term was made.
 
     Every number is per sample and class: nothing passes from one sample to another, except that the loss
     is the mean over samples. Nothing is drawn from torch's random numbers. On devices without kernels of
@@ -160,7 +171,7 @@ class SemiSAMTerm:
     >>> term = SemiSAMTerm("random-walker", total_steps=100)
     >>> image = torch.zeros(1, 1, 24, 24)
     >>> image[..., 6:18, 6:18] = 1
-    >>> logits = 4 * torch.stack([-image[:, 0], image[:, 0]], 1).roll(1, 3)  # a student, off by a voxel
+    >>> logits = 4 * torch.stack([0.5 - image[:, 0], image[:, 0] - 0.5], 1).roll(1, 3)
     >>> loss = term(image, logits.requires_grad_(), step=50)
     >>> loss.backward()
     >>> bool(loss > 0), bool(logits.grad.any()), term.diagnostics["skipped"]
@@ -202,6 +213,7 @@ class SemiSAMTerm:
         ramp_length: float | None = None,
         warmup: float | None = None,
         sam_every: int = 1,
+        budget: float | None = None,
         seed: int = 0,
     ) -> None:
         """Build the generalists and settle every number; `settings` has the result."""
@@ -221,13 +233,26 @@ class SemiSAMTerm:
         self.settings["mode"] = [slot.mode for slot in self._slots]
         _check_settings(self.settings)
         self.gate = Gate([slot.name for slot in self._slots])
-        self.diagnostics: dict[str, Any] = {}
+        self.drops = dict.fromkeys(self.gate.names, 0)
+        self._told: dict[tuple[str, str], int] = {}
+        self.diagnostics: dict[str, Any] = _blank(self.gate, self.drops)
         self.last: LastCall | None = None
 
     @property
     def generalists(self) -> dict[str, Any]:
         """The generalists by name."""
         return {slot.name: slot.generalist for slot in self._slots}
+
+    def check(self, spatial_dims: int, classes: int) -> None:
+        """Raise ValueError if a generalist cannot take images of so many axes, or so many foreground classes.
+
+        A call checks this, too; here it can be known before a long preparation.
+
+        >>> from semisam.term import SemiSAMTerm
+        >>> SemiSAMTerm("random-walker", total_steps=100).check(spatial_dims=3, classes=13)
+        """
+        for slot in self._slots:
+            slot.check((1,) * spatial_dims, classes)
 
     def factor(self, step: int) -> float:
         """Return what L_sam is multiplied with at `step`: lam_sam w_sam(step) warm-up(step).
@@ -277,7 +302,7 @@ class SemiSAMTerm:
                 f"SemiSAMTerm(): sample_ids: expected one per sample ({len(logits_u)}), got {len(ids)}"
             )
         self.last = None
-        self.diagnostics = _blank(self.gate)
+        self.diagnostics = _blank(self.gate, self.drops)
         self.diagnostics["weight"] = factor = self.factor(step)
         if self.settings["lam_sam"] == 0:
             return torch.zeros((), device=logits_u.device)
@@ -293,15 +318,87 @@ class SemiSAMTerm:
             self.last = self._teach(images_u, prob, step, ids, spacing, teacher=teacher_probs is not None)
         if self.last is None:
             return _nothing(logits_u)
-        value = uncertainty_weighted_loss(
-            logits_u.to(home),
-            self.last.target,
-            self.last.weight,
-            loss=self.settings["loss"],
-            min_weight=self.settings["min_weight"],
-        )
+        return self._weighted(logits_u, factor)
+
+    def _weighted(self, logits: Any, factor: float) -> Any:
+        """`factor` L_sam, where the logits are."""
+        value = self._loss(logits.to(_home(logits.device)))
         self.diagnostics["loss"] = float(value.detach())
-        return (value * factor).to(logits_u.device)
+        return (value * factor).to(logits.device)
+
+    # ---- teaching in two moves: label whole scans now and then, learn from the labels in every step
+
+    def teach(
+        self,
+        images_u: Any,
+        teacher_probs: Any,
+        *,
+        step: int,
+        sample_ids: Sequence[int] | None = None,
+        spacing: Sequence[float] | None = None,
+    ) -> LastCall | None:
+        """Return what the generalists make of unlabeled images, without a loss; None if nothing comes of it.
+
+        Arguments are those of a call of the term. Meant for whole scans, of which `from_labels` then takes
+        patches: a generalist that sees the organ whole, and is asked once in many steps, not in each.
+        Raises what a call raises.
+
+        >>> import torch
+        >>> from semisam.term import SemiSAMTerm
+        >>> term = SemiSAMTerm("random-walker", total_steps=100)
+        >>> image = torch.zeros(1, 1, 24, 24)
+        >>> image[..., 6:18, 6:18] = 1
+        >>> prob = torch.stack([1 - image[:, 0], image[:, 0]], 1).roll(1, 3) * 0.9 + 0.05
+        >>> made = term.teach(image, prob, step=0)
+        >>> logits = prob.log().requires_grad_()
+        >>> loss = term.from_labels(image, logits, made.target, made.weight, step=50)
+        >>> loss.backward()
+        >>> bool(loss > 0), bool(logits.grad.any())
+        (True, True)
+        """
+        _check_batch("SemiSAMTerm.teach", ("images_u", "teacher_probs"), images_u, teacher_probs)
+        ids = list(range(len(images_u))) if sample_ids is None else [int(i) for i in sample_ids]
+        if len(ids) != len(images_u):
+            raise ValueError(
+                f"SemiSAMTerm.teach(): sample_ids: expected one per sample ({len(images_u)}), got {len(ids)}"
+            )
+        self.diagnostics = _blank(self.gate, self.drops)
+        prob = teacher_probs.float().to(_home(teacher_probs.device))
+        _check_probabilities("SemiSAMTerm.teach", "teacher_probs", prob)
+        with torch.no_grad():
+            return self._teach(images_u, prob, step, ids, spacing, teacher=True)
+
+    def from_labels(
+        self, images_u: Any, logits_u: Any, target: Any, weight: Any, *, step: int, uncertainty: Any = None
+    ) -> Any:
+        """Return the term of one step for pseudo-labels that `teach` made before; see there.
+
+        `images_u` and `logits_u` are those of a call; `target` is soft [B, C, *S] or hard [B, *S] (255:
+        ignored), as the setting says, `weight` [B, *S] in 0..1 (0: nothing is known there), `uncertainty`
+        [B, *S] for pictures alone (default 1 - weight). Raises ValueError for shapes that do not fit.
+        """
+        _check_batch("SemiSAMTerm.from_labels", ("images_u", "logits_u"), images_u, logits_u)
+        self.last = None
+        self.diagnostics = d = _blank(self.gate, self.drops)
+        d["weight"] = factor = self.factor(step)
+        if self.settings["lam_sam"] == 0:
+            return torch.zeros((), device=logits_u.device)
+        if factor == 0 or step % self.settings["sam_every"] or not len(logits_u):
+            return _nothing(logits_u)
+        home = _home(logits_u.device)
+        target, weight = target.to(home), weight.to(home)
+        share = weight.flatten(1).mean(1, dtype=torch.float64)
+        d["weight_share"] = share.tolist()
+        d["skipped"] = int((share < self.settings["min_weight"]).sum())
+        if d["skipped"] == len(share):
+            return _nothing(logits_u)
+        doubt = 1 - weight if uncertainty is None else uncertainty.to(home)
+        d["mean_u"] = float(doubt[share >= self.settings["min_weight"]].mean(dtype=torch.float64))
+        label = target.argmax(1).byte() if target.ndim == logits_u.ndim else target
+        with torch.no_grad():
+            prob = logits_u.float().softmax(1).to(home)
+        self.last = LastCall(images_u, prob, None, {}, {}, target, label, weight, doubt)
+        return self._weighted(logits_u, factor)
 
     # ---- teaching
 
@@ -317,7 +414,10 @@ class SemiSAMTerm:
         d = self.diagnostics
         d["called"] = True
         d["skipped_rows"] = int(request.targets.skip.sum())
-        d["failed_rows"] = sum(a.failed for a in answers.values())
+        d["failed_rows"] = sum(n for a in answers.values() for n in a.failed.values())
+        for name, a in answers.items():
+            self._note(name, a, step)
+        d["drops"] = dict(self.drops)
         d["clicks"] = sum(int((a.clicks.labels >= 0).sum()) for a in answers.values())
         d["rounds"] = {name: list(a.done) for name, a in answers.items()}
         d["solver"] = {name: dict(a.info) for name, a in answers.items() if a.info}
@@ -349,6 +449,28 @@ class SemiSAMTerm:
             found[choice] = made
         return found
 
+    def _note(self, name: str, answers: Answers, step: int) -> None:
+        """Count and tell what was wrong with a source."""
+        d, budget = self.diagnostics, self.settings["budget"]
+        if answers.failed and not any(answers.done):
+            d["dropped"][name] = max(answers.failed, key=lambda what: answers.failed[what])
+            self.drops[name] = self.drops.get(name, 0) + 1
+        for what, rows in answers.failed.items():
+            self._tell(
+                (name, what.partition(",")[0]),
+                f"{rows} answers {what} at step {step}; a sample without an earlier answer is left out",
+            )
+        if budget is not None and answers.seconds > budget:
+            d["slow"][name] = answers.seconds
+            self._tell((name, "slow"), f"took {answers.seconds:.3g} s at step {step}, budget {budget:g} s")
+
+    def _tell(self, about: tuple[str, str], text: str) -> None:
+        """Warn at the 1st, 10th, 100th, ... time."""
+        count = self._told[about] = self._told.get(about, 0) + 1
+        if str(count).rstrip("0") == "1":
+            times = f" ({count} times so far)" if count > 1 else ""
+            warnings.warn(f"SemiSAMTerm(): {about[0]}: {text}{times}", RuntimeWarning, stacklevel=2)
+
     def _fuse(self, request: Request, answers: dict[str, Answers], *, teacher: bool) -> LastCall | None:
         s, d = self.settings, self.diagnostics
         if not any(any(a.done) for a in answers.values()):
@@ -363,13 +485,10 @@ class SemiSAMTerm:
             label=s["label_rounds"],
             doubt=s["doubt_rounds"],
         )
-        every = [joined(r) for r in sources]
-        if teacher:
-            every.append(request.prob.clamp_min(1e-12).log())
-        counts = [i for i in range(len(every)) if r_lab[i].any() or r_unc[i].any()]
+        counts = [i for i in range(len(r_lab)) if r_lab[i].any() or r_unc[i].any()]
         soft = s["target"] == "soft"
         fused = fusion.fuse(
-            [every[i] for i in counts],
+            [joined(sources[i]) if i < len(sources) else _teacher_logits(request.prob) for i in counts],
             r_lab[counts],
             r_unc[counts],
             unc=s["unc"],
@@ -378,19 +497,21 @@ class SemiSAMTerm:
             tau_c=None if soft else s["tau_c"],
             tau_u=s["tau_u"] if s["weight"] == "gate" or not soft else None,
             logits=True,
+            two_channels=soft and request.prob.shape[1] == 2,
             want=("label", "uncertainty", "weight", *(("mean",) if soft else ())),
         )
         taught = torch.from_numpy(r_lab.sum(0) > 0).to(request.prob.device)
         agreement = fusion.agreement(fused.label, request.targets.target, request.prob.shape[1])
         kept = taught & (agreement >= s["sample_gate"])
-        shape = (-1, *(1,) * (fused.weight.ndim - 1))
-        weight = fused.weight * kept.reshape(shape)
-        share = weight.flatten(1).mean(1, dtype=torch.float64)
+        weight = fused.weight  # ours alone, so samples may be taken out in place
+        for n in (~kept).nonzero()[:, 0].tolist():
+            weight[n].zero_()
+        share = _means(weight)
         count = int(taught.sum())
         d["weight_share"] = share.tolist()
         d["skipped"] = int((share < s["min_weight"]).sum())
         d["agreement"] = float(agreement[taught].mean()) if count else None
-        d["mean_u"] = float(fused.uncertainty[taught].mean(dtype=torch.float64)) if count else None
+        d["mean_u"] = float(_means(fused.uncertainty)[taught].mean()) if count else None
         return LastCall(
             request.images,
             request.prob,
@@ -401,6 +522,17 @@ class SemiSAMTerm:
             fused.label,
             weight,
             fused.uncertainty,
+        )
+
+    def _loss(self, logits: Any) -> Any:
+        """The student's distance to what `last` holds."""
+        assert self.last is not None
+        return uncertainty_weighted_loss(
+            logits,
+            self.last.target,
+            self.last.weight,
+            loss=self.settings["loss"],
+            min_weight=self.settings["min_weight"],
         )
 
     # ---- the gate
@@ -494,7 +626,8 @@ class SemiSAMTerm:
         found = {MASK: mask, LARGEST: largest_components(mask, classes)}
         request = self._request(image, prob, 0, [number], spacing)
         for slot in self._slots:
-            answers = slot.ask(request, self.settings)
+            answers = slot.ask(request, self.settings, whole=False)
+            self._note(slot.name, answers, 0)
             found[slot.name] = torch.zeros_like(mask)
             if any(answers.done):
                 r_lab, _ = fusion.source_weights(
@@ -530,12 +663,15 @@ def _slots(given: Any, mode: str | Sequence[str] | None) -> list[Slot]:
         )
     slots: list[Slot] = []
     for item, wanted in zip(items, modes, strict=True):
-        made = generalists.build(item) if isinstance(item, str) else item
-        if not isinstance(made, generalists.Generalist):
+        try:
+            made = generalists.build(item) if isinstance(item, str) else generalists.as_generalist(item)
+        except TypeError:
+            if isinstance(item, str):
+                raise
             raise TypeError(
-                f"SemiSAMTerm(): generalist: expected a name or something with spec, encode and decode, "
-                f"got {type(item).__name__}"
-            )
+                f"SemiSAMTerm(): generalist: expected a name, something with spec, encode and decode, or a "
+                f"function (images, prompts) -> logits, got {type(item).__name__}"
+            ) from None
         chosen = wanted or made.spec.default_mode
         _choice("mode", chosen, tuple(MODES))
         if not MODES[chosen] <= made.spec.prompts:
@@ -574,6 +710,9 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
             )
         if name in _WHOLE and value != int(value):
             raise ValueError(f"SemiSAMTerm(): {name}: expected a whole number, got {value!r}")
+    budget = settings["budget"]
+    if budget is not None and not (isinstance(budget, (int, float)) and budget > 0):
+        raise ValueError(f"SemiSAMTerm(): budget: expected a positive number of seconds, got {budget!r}")
     length = settings["ramp_length"]
     if length is not None and not 0 <= length < float("inf"):
         raise ValueError(f"SemiSAMTerm(): ramp_length: expected 0 or a positive number, got {length!r}")
@@ -601,13 +740,38 @@ def _check_probabilities(who: str, name: str, prob: Any) -> None:
     """A distribution over classes, up to the rounding of half precision."""
     if not prob.numel():
         return
-    off = float((prob.sum(1) - 1).abs().amax())
-    low = float(prob.amin())
+    # On the CPU piece by piece, in its caches: a map of the sums costs several times as much.
+    least, most, lows = [], [], []
+    for sample in prob.flatten(2):
+        for piece in sample.split(_PIECE if prob.device.type == "cpu" else sample.shape[1], 1):
+            sums = piece.sum(0).aminmax()
+            least.append(sums.min)
+            most.append(sums.max)
+            lows.append(piece.amin())
+    off = float(torch.stack([1 - torch.stack(least).amin(), torch.stack(most).amax() - 1]).amax())
+    low = float(torch.stack(lows).amin())
     if not (off <= 0.02 and low >= -0.02):  # NaN is not
         raise ValueError(
             f"{who}(): {name}: expected probabilities that sum to 1 over the classes (a softmax, not "
             f"logits), got a minimum of {low:.3g} and sums that are off by {off:.3g}"
         )
+
+
+def _teacher_logits(prob: Any) -> Any:
+    """Probabilities [B, C, *S] as logits for `fuse`; for two classes the foreground's alone, [B, 1, *S].
+
+    The cut at 1e-7 is that of a float32 softmax's own rounding.
+    """
+    if prob.shape[1] > 2:
+        return prob.clamp_min(1e-12).log()
+    foreground = prob[:, 1:]
+    made = ops.empty(foreground.shape, foreground.dtype, foreground.device)
+    return torch.logit(foreground, 1e-7, out=made)
+
+
+def _means(maps: Any) -> Any:
+    """Mean of each sample [B, *S], float64: lines in float32 (some 1e-7), without a copy of the map."""
+    return maps.mean(-1).double().flatten(1).mean(1)
 
 
 def _home(device: Any) -> Any:
@@ -620,7 +784,7 @@ def _nothing(logits: Any) -> Any:
     return logits.reshape(-1)[:0].sum(dtype=torch.float32)
 
 
-def _blank(gate: Gate) -> dict[str, Any]:
+def _blank(gate: Gate, drops: dict[str, int]) -> dict[str, Any]:
     """The diagnostics of a step in which nothing was asked; None: not measured."""
     return {
         "called": False,
@@ -630,6 +794,9 @@ def _blank(gate: Gate) -> dict[str, Any]:
         "skipped": 0,
         "skipped_rows": 0,
         "failed_rows": 0,
+        "dropped": {},
+        "drops": dict(drops),
+        "slow": {},
         "clicks": 0,
         "rounds": {},
         "agreement": None,

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+os.environ["SEMISAM_HOME"] = str(Path(__file__).parent / "no weights here")  # not the user's
+
 DATA = Path(os.environ.get("SEMISAM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

@@ -85,8 +85,9 @@ LAYERS = [
     {"_core"},
     {"ops"},
     {"_backend", "losses", "fusion", "masks", "prompts", "metrics", "random_walk", "schedules", "weights"},
+    {"fetch"},
     {"specialists", "generalists"},
-    {"gate", "_dialogue", "term"},
+    {"gate", "_dialogue", "term", "published"},
     {"methods"},
     {"engine"},
     {"commands", "cli"},
@@ -95,6 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_backend", "ops"},
     "__main__": {"_backend", "cli"},
     "reference": set(),
+    "fetch": set(),
     "schedules": set(),
     "specialists": {"weights"},
     "weights": set(),
@@ -383,7 +385,18 @@ def test_import_needs_numpy_alone():
 
 @pytest.mark.parametrize(
     "module",
-    ["ops", "prompts", "fusion", "masks", "metrics", "random_walk", "schedules", "generalists", "gate"],
+    [
+        "ops",
+        "prompts",
+        "fusion",
+        "masks",
+        "metrics",
+        "random_walk",
+        "schedules",
+        "generalists",
+        "gate",
+        "fetch",
+    ],
 )
 def test_modules_import_without_torch(module):
     code = f"import sys, semisam.{module}; print('torch' in sys.modules)"

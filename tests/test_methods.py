@@ -6,6 +6,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,13 @@ from torch import nn
 
 from semisam import methods, schedules
 from semisam.engine.config import MethodConfig
+from semisam.losses import uncertainty_weighted_loss
 from semisam.methods.base import Batch, Method, random_key
 from semisam.specialists import UNet3d, VNet
 from semisam.term import SemiSAMTerm
 
 TEACHERS = ("mean-teacher", "ua-mt")
+BASES = (*TEACHERS, "dan")
 TOTAL = 20
 
 
@@ -51,7 +54,7 @@ def network(classes=2, dropout=True):
 
 def build(name, student, **options):
     term = options.pop("term", None)
-    config = MethodConfig(name, **options)
+    config = MethodConfig(name, **{"discriminator_channels": [4, 8], **options})
     classes = 2
     return methods.build(config, student, num_classes=classes, total_steps=TOTAL, seed=7, term=term)
 
@@ -151,6 +154,107 @@ def test_odd_numbers_of_passes_run_too():
     assert build("ua-mt", network(), mc_passes=3).losses(batch_of(), 0)["consistency"] >= 0
 
 
+# ---- the discriminator --------------------------------------------------------------------------
+
+
+def by_hand(discriminator, probs, images):
+    """The discriminator's layers, one after the other, without dropout."""
+    x = F.leaky_relu(discriminator.conv0(probs) + discriminator.conv1(images), 0.2)
+    for name in discriminator.deeper:
+        x = F.leaky_relu(getattr(discriminator, name)(x), 0.2)
+    return F.linear(x.mean((2, 3, 4)), discriminator.classifier.weight, discriminator.classifier.bias)
+
+
+def test_the_discriminator_is_the_published_one():
+    made = methods.dan.Discriminator()
+    assert sum(p.numel() for p in made.parameters()) == 11_024_386
+    widths = [getattr(made, name).weight.shape[:3] for name in ("conv0", "conv1", "conv2", "conv3", "conv4")]
+    assert widths == [(64, 2, 4), (64, 1, 4), (128, 64, 4), (256, 128, 4), (512, 256, 4)]
+    small = methods.dan.Discriminator(channels=(4, 8))
+    probs, images = torch.rand(3, 2, 8, 12, 10).softmax(1), torch.randn(3, 1, 8, 12, 10)
+    assert torch.allclose(small.eval()(probs, images), by_hand(small, probs, images), atol=1e-6)
+    assert not torch.equal(small.train()(probs, images), small(probs, images))  # dropout
+    with pytest.raises(ValueError, match=r"sides of at least 4, got \(1, 2, 3, 8, 8\)"):
+        small(probs[:1, :, :3, :8, :8], images[:1, :, :3, :8, :8])
+
+
+def test_dan_is_the_formula():
+    batch, student = batch_of(labeled=1, unlabeled=3), network(dropout=False)
+    method = build("dan", student)
+    losses = method.losses(batch, 10)
+    ce, dice = reference_sup(student(batch.image)[:1], batch.label)
+    assert losses["ce"].item() == pytest.approx(0.5 * ce.item(), rel=1e-6)
+    assert losses["dice"].item() == pytest.approx(0.5 * dice.item(), rel=1e-6)
+    found = by_hand(method.discriminator, student(batch.image)[1:].softmax(1), batch.image[1:])
+    expected = schedules.consistency_weight(10, TOTAL) * -found.log_softmax(1)[:, 1].mean().item()
+    assert losses["adversarial"].item() == pytest.approx(expected, rel=1e-5)
+    losses["adversarial"].backward()
+    assert all(
+        p.grad is not None and p.grad.any() for p in (student.final.weight, student.conv1[0][0].weight)
+    )
+    assert all(p.grad is None for p in method.discriminator.parameters())
+
+
+def test_the_discriminator_learns_who_is_labeled():
+    """One step of Adam on CE(labeled: 1, unlabeled: 0), of the student's prediction after its own step."""
+    batch, student = batch_of(labeled=1, unlabeled=3), network()
+    method = build("dan", student, discriminator_dropout=0.0, discriminator_lr=1e-3)
+    student.train()
+    method.losses(batch, 0)
+    with torch.no_grad():
+        student.final.weight *= 3  # the optimiser's step
+    reference = deepcopy(method.discriminator).requires_grad_(True)
+    optimizer = torch.optim.Adam(reference.parameters(), 1e-3, (0.9, 0.99))
+    probs = student.eval()(batch.image).softmax(1).detach()
+    loss = F.cross_entropy(by_hand(reference, probs, batch.image), torch.tensor([1, 0, 0, 0]))
+    loss.backward()
+    optimizer.step()
+    student.train()
+    before = deepcopy(student.state_dict())
+    method.after_step(0)
+    assert student.training
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    assert method.measured["discriminator"] == pytest.approx(loss.item(), rel=1e-5)
+    for ours, theirs in zip(method.discriminator.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-5)  # of a step of 1e-3 (the sign, at first)
+        assert not ours.requires_grad
+    assert not method.discriminator.training
+
+
+def test_dan_continues_where_it_was():
+    first = build("dan", network())
+    untouched = deepcopy(first.discriminator)
+    train(first, 2)
+    second = build("dan", deepcopy(first.student))
+    second.load_state_dict(deepcopy(first.state_dict()))
+    assert same(second.discriminator, first.discriminator)
+    assert len(second.optimizer.state) == len(list(second.discriminator.parameters()))
+    for method in (first, second):  # the student's optimiser begins anew in both
+        method.student.train()
+        history = train(method, 2, [batch_of(seed=7), batch_of(seed=8)])
+        assert np.isfinite(list(history[-1].values())).all()
+    assert same(first.student, second.student)
+    assert same(first.discriminator, second.discriminator)
+    assert not same(first.discriminator, untouched)
+
+
+def test_accumulated_batches_are_one_for_the_discriminator():
+    both, apart = (build("dan", network(dropout=False), discriminator_dropout=0.0) for _ in range(2))
+    whole = batch_of(labeled=2, unlabeled=2)
+    halves = [
+        Batch(whole.image[[i, i + 2]], whole.label[i : i + 1], (whole.ids[i], whole.ids[i + 2]))
+        for i in (0, 1)
+    ]
+    both.losses(whole, 0)
+    for half in halves:
+        apart.losses(half, 0)
+    both.after_step(0)
+    apart.after_step(0)
+    assert both.measured["discriminator"] == pytest.approx(apart.measured["discriminator"], rel=1e-6)
+    for a, b in zip(both.discriminator.parameters(), apart.discriminator.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 # ---- teacher ------------------------------------------------------------------------------------
 
 
@@ -217,17 +321,21 @@ def test_noise_belongs_to_seed_step_sample_and_draw():
 # ---- what must not change anything --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", BASES)
 def test_lam_sam_0_is_the_base_method_bit_for_bit(name):
     plain = build(name, network())
     with_term = build(f"semisam-{name}", network(), term=SemiSAMTerm(total_steps=TOTAL, lam_sam=0.0))
     a, b = train(plain), train(with_term)
     assert [{**row, "semisam": 0.0} for row in a] == b
     assert same(plain.student, with_term.student)
-    assert same(plain.teacher, with_term.teacher)
+    if name == "dan":
+        assert same(plain.discriminator, with_term.discriminator)
+        assert plain.measured == with_term.measured != {}
+    else:
+        assert same(plain.teacher, with_term.teacher)
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", BASES)
 def test_the_term_moves_the_student(name):
     """The check above is not empty: with a weight the result is another one."""
     student = network()
@@ -239,11 +347,13 @@ def test_the_term_moves_the_student(name):
     assert not same(plain.student, with_term.student)
 
 
-@pytest.mark.parametrize("name", ["supervised", *TEACHERS])
+@pytest.mark.parametrize("name", ["supervised", *BASES])
 def test_without_unlabeled_samples(name):
     method = build(name, network())
     losses = method.losses(batch_of(unlabeled=0), 3)
     assert set(losses) == {"ce", "dice"}
+    method.after_step(3)
+    assert method.measured == {}
 
 
 def test_supervised_never_sees_unlabeled_images():
@@ -279,7 +389,7 @@ class Probe:
         self.loaded = state
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", BASES)
 def test_the_term_gets_unlabeled_samples_and_the_teacher(name):
     probe = Probe()
     method = build(f"semisam-{name}", network(), term=probe)
@@ -290,12 +400,13 @@ def test_the_term_gets_unlabeled_samples_and_the_teacher(name):
     assert (step, ids, spacing) == (5, [102, 103], (1.0, 1.0, 2.0))
     assert logits.requires_grad
     assert not probs.requires_grad
-    clean = method.teacher(batch.image[2:]).softmax(1)
-    assert torch.equal(probs, clean) == (name == "mean-teacher")  # UA-MT: the mean of its passes
+    source = method.student.eval() if name == "dan" else method.teacher
+    clean = source(batch.image[2:]).softmax(1)
+    assert torch.equal(probs, clean) == (name != "ua-mt")  # UA-MT: the mean of its passes
     assert torch.allclose(probs.sum(1), torch.ones(()))
     assert losses["semisam"].item() == pytest.approx(logits.square().mean().item())
-    assert method.state_dict() == {"term": {"calls": 1}}
-    method.load_state_dict({"term": {"calls": 3}})
+    assert method.state_dict()["term"] == {"calls": 1}
+    method.load_state_dict(method.state_dict() | {"term": {"calls": 3}})
     assert probe.loaded == {"calls": 3}
 
 
@@ -304,7 +415,7 @@ def test_the_term_gets_unlabeled_samples_and_the_teacher(name):
 
 def test_names():
     assert methods.canonical_name("semisam-uamt") == "semisam-ua-mt"
-    for name, base in (("supervised", "supervised"), ("mt", "mean-teacher"), ("uamt", "ua-mt")):
+    for name, base in (*zip(BASES, BASES, strict=True), ("mt", "mean-teacher"), ("uamt", "ua-mt")):
         assert build(name, network()).name == base
     with pytest.raises(ValueError, match="did you mean 'supervised'"):
         methods.canonical_name("supervized")
@@ -318,6 +429,10 @@ def test_names():
         ("mt", {"noise": -1.0}, "noise"),
         ("mt", {"ema_decay": 1.5}, "limit"),
         ("ua-mt", {"mc_passes": 0}, "mc_passes"),
+        ("dan", {"discriminator_channels": []}, "discriminator_channels"),
+        ("dan", {"discriminator_lr": 0.0}, "discriminator_lr"),
+        ("dan", {"discriminator_dropout": 1.0}, "discriminator_dropout"),
+        ("dan", {"consistency_weight": -1.0}, "consistency_weight"),
         ("supervised", {"lambda_ce": 0.0, "lambda_dice": 0.0}, "lambda"),
         ("semisam-mt", {}, "term: expected a SemiSAMTerm"),
         ("mt", {"term": Probe()}, "term: expected None"),
@@ -329,5 +444,30 @@ def test_bad_options_are_refused(name, options, message):
 
 
 def test_a_batch_has_no_place_for_labels_of_unlabeled_samples():
-    assert set(Batch.__dataclass_fields__) == {"image", "label", "ids", "spacing"}
+    assert set(Batch.__dataclass_fields__) == {"image", "label", "ids", "spacing", "pseudo"}
     assert Method.uses_unlabeled is False
+
+
+# ---- labels of whole scans ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_labels_from_before_take_the_place_of_the_dialogue(name):
+    """The term's loss of exactly these labels, and nobody is asked."""
+    term = SemiSAMTerm("random-walker", total_steps=10, ramp="flat", warmup=0.0)
+    asked = []
+    term._teach = lambda *a, **k: asked.append(a)
+    method = build(f"semisam-{name}", network(), term=term)
+    batch = batch_of()
+    space = batch.image.shape[2:]
+    target = torch.rand(2, 2, *space).softmax(1)
+    pseudo = methods.PseudoLabel(target, torch.rand(2, *space), torch.zeros(2, *space))
+    value = method.losses(replace(batch, pseudo=pseudo), 5)["semisam"]
+    logits = method.unlabeled[1]
+    assert not asked
+    assert method.unlabeled[0].shape == batch.image[2:].shape
+    expected = term.factor(5) * uncertainty_weighted_loss(logits, target, pseudo.weight)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    silent = pseudo._replace(weight=torch.zeros(2, *space))
+    assert method.losses(replace(batch, pseudo=silent), 5)["semisam"].item() == 0
+    assert term.diagnostics["skipped"] == 2

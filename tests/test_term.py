@@ -1097,6 +1097,7 @@ def test_hippocampus_two_classes(hippocampus_cases):
         ({"sam_every": 0}, "sam_every: expected a number from 1"),
         ({"total_steps": 0}, "total_steps: expected a number from 1"),
         ({"ramp": "raising"}, "ramp: expected one of falling, rising, flat, .* did you mean 'rising'"),
+        ({"budget": "1"}, "budget: expected a positive number of seconds, got '1'"),
         ({"ramp_length": -1}, "ramp_length: expected 0 or a positive number"),
     ],
 )
@@ -1113,7 +1114,7 @@ def test_a_mode_that_the_generalist_cannot_take():
     ):
         make(clicks_only, mode="mask")
     assert make(clicks_only).settings["mode"] == ["unc"]
-    with pytest.raises(TypeError, match=r"generalist: expected a name or something with spec.* got dict"):
+    with pytest.raises(TypeError, match=r"generalist: expected a name, something with spec.* got dict"):
         make({})
 
 
@@ -1146,12 +1147,186 @@ def test_bad_batches():
         term(images, logits, prob, step=-1)
     with pytest.raises(TypeError, match="logits_u: expected a torch tensor, got ndarray"):
         term(images, logits.detach().numpy(), prob, **call)
-    flat = Fake(truth, name="flat", spatial_dims=(2,))
-    with pytest.raises(ValueError, match=r"flat takes 2-D images, got 3-D ones of shape \(20, 24, 18\)"):
-        make(flat)(images, logits, prob, **call)
-    wrong = Fake(truth[..., :17])
-    with pytest.raises(ValueError, match=r"generalist: expected logits \(2, 1, 20, 24, 18\) from fake, got"):
-        make(wrong, mode="mask")(images, logits, prob, **call)
+
+
+def test_dimensions_and_classes_that_a_generalist_does_not_take():
+    for dims, wanted in ((3, 2), (2, 3)):
+        images, truth, prob = scene(dims, classes=3)
+        fake = Fake(truth, name="other", spatial_dims=(wanted,))
+        term = make(fake)
+        with pytest.raises(ValueError, match=rf"other takes {wanted}-D images, got {dims}-D ones of shape"):
+            term(images, student(prob), prob, step=STEP)
+        with pytest.raises(ValueError, match=rf"other takes {wanted}-D images, got {dims}-D"):
+            term.check(dims, 2)
+        term.check(wanted, 2)
+        assert fake.encoded == []
+    images, truth, prob = scene(3, classes=3)
+    few = make(Fake(truth, max_classes=1))
+    with pytest.raises(ValueError, match="fake takes prompts for 1 foreground classes at most, got 2"):
+        few(images, student(prob), prob, step=STEP)
+    few.check(3, 1)
+    make(Fake(truth, spatial_dims=(2,), slice_axis=1)).check(3, 2)
+    with pytest.raises(ValueError, match="takes 3-D images, got 2-D"):
+        make(Fake(truth, spatial_dims=(3,), slice_axis=1)).check(2, 1)
+
+
+# ---- answers that say nothing -------------------------------------------------------------------
+
+
+class Told(Fake):
+    """Answers what `says(logits)` makes of the right answer."""
+
+    def __init__(self, truth, says, **spec):
+        super().__init__(truth, **spec)
+        self.says = says
+
+    def decode(self, state, prompts, active=None):
+        answer = super().decode(state, prompts, active)
+        return answer._replace(logits=self.says(answer.logits))
+
+
+USELESS = {
+    "are not finite": lambda logits: logits * float("nan"),
+    r"have shape \(2, 1, 20, 24, 17\), expected \(2, 1, 20, 24, 18\)": lambda logits: logits[..., :17],
+    "are the same in every voxel": torch.ones_like,
+}
+
+
+@pytest.mark.parametrize("what", USELESS)
+def test_a_source_that_says_nothing_is_dropped(what):
+    """Alone it makes a step of exactly 0; beside another one it is as if it were not there."""
+    images, truth, prob = scene()
+    for mode in ("mask", "mixed", "point", "box"):
+        term = make(Told(truth, USELESS[what], name="bad"), mode=mode, clicks=3)
+        logits = student(prob)
+        with pytest.warns(RuntimeWarning, match=rf"bad: 2 answers {what} at step 500; a sample without"):
+            loss = term(images, logits, prob, step=STEP)
+        loss.backward()
+        assert loss.item() == 0
+        assert not logits.grad.any()
+        d = term.diagnostics
+        assert (d["failed_rows"], d["rounds"]) == (2, {"bad": [0, 0]})
+        assert list(d["dropped"]) == ["bad"]
+        assert d["drops"] == {"bad": 1}
+        json.dumps(d, allow_nan=False)
+    both = make([Told(truth, USELESS[what], name="bad"), Fake(truth)], mode="mask")
+    with pytest.warns(RuntimeWarning, match="bad: 2 answers"):
+        loss = both(images, student(prob), prob, step=STEP)
+    assert loss == make(Fake(truth), mode="mask")(images, student(prob), prob, step=STEP) > 0
+    assert both.diagnostics["drops"] == {"bad": 1, "fake": 0}
+    assert set(both.last.answers) == {"fake"}
+
+
+def test_a_constant_answer_leaves_its_sample_out():
+    images, truth, prob = scene()
+
+    def says(logits):
+        logits[1] = 3.0
+        return logits
+
+    logits = student(prob)
+    term = make(Told(truth, says), mode="mixed", clicks=2)
+    with pytest.warns(RuntimeWarning, match="fake: 1 answers are the same in every voxel"):
+        term(images, logits, prob, step=STEP).backward()
+    assert logits.grad[0].any()
+    assert not logits.grad[1].any()
+    d = term.diagnostics
+    assert (d["failed_rows"], d["dropped"], d["drops"], d["skipped"]) == (1, {}, {"fake": 0}, 1)
+
+
+def test_warnings_become_rare():
+    images, truth, prob = scene()
+    term = make(Told(truth, torch.zeros_like), mode="mask")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(STEP, STEP + 12):
+            term(images, student(prob), prob, step=step)
+    assert [str(w.message).partition(" at ")[2] for w in told] == [
+        "step 500; a sample without an earlier answer is left out",
+        "step 509; a sample without an earlier answer is left out (10 times so far)",
+    ]
+    assert term.diagnostics["drops"] == {"fake": 12}
+
+
+def test_a_gate_shuts_on_a_source_that_says_nothing():
+    images, truth, prob = scene()
+    term = make(Told(truth, lambda logits: logits[..., :17]), mode="mask")
+    with pytest.warns(RuntimeWarning, match="have shape"):
+        found = term.calibrate(images, prob, truth[:, 0].byte())
+    assert found["scores"]["fake"] == 0
+    assert found["choice"]["fake"] != "fake"
+
+
+def test_a_class_without_a_voxel_does_not_cost_the_others_their_score():
+    """In the gate the same number everywhere is an answer; in a step that sample is left out."""
+    images, truth, prob = scene(classes=3, batch=1)
+
+    def says(logits):
+        logits[:, 1] = -10.0
+        return logits
+
+    term = make(Told(truth, says), mode="mask")
+    label = (truth[:, 0] + 2 * truth[:, 1].int()).byte()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = term.calibrate(images, prob, label)
+    assert found["per_class"]["fake"] == [1.0, 0.0]
+    term.gate.choice["fake"] = "fake"
+    with pytest.warns(RuntimeWarning, match="1 answers are the same"):
+        assert term(images, student(prob), prob, step=STEP) == 0
+
+
+def test_budget():
+    images, truth, prob = scene()
+    patient, hurried = make(Fake(truth), budget=1e6), make([Fake(truth), Fake(truth)], budget=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value = patient(images, student(prob), prob, step=STEP)
+        assert patient.diagnostics["slow"] == {}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert hurried(images, student(prob), prob, step=STEP) == value  # slow, and used all the same
+    for name, warning in zip(("fake", "fake-2"), told, strict=True):
+        assert str(warning.message).startswith(f"SemiSAMTerm(): {name}: took ")
+        assert str(warning.message).endswith(" s at step 500, budget 1e-09 s")
+    assert set(hurried.diagnostics["slow"]) == {"fake", "fake-2"}
+    with pytest.raises(ValueError, match="budget: expected a positive number of seconds, got 0"):
+        make(Fake(truth), budget=0)
+
+
+# ---- functions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_function_is_a_generalist(dims):
+    images, truth, prob = scene(dims, classes=3)
+    asked = []
+
+    def knows(images, batch):
+        assert not torch.is_grad_enabled()
+        asked.append(batch)
+        return torch.where(truth, 6.0, -6.0)
+
+    fake = make(Fake(truth), clicks=3)
+    term = make(knows, clicks=3)
+    assert term(images, student(prob), prob, step=STEP) == fake(images, student(prob), prob, step=STEP) > 0
+    assert list(term.generalists) == ["knows"]
+    assert term.settings["mode"] == ["mixed"]
+    assert asked[0].mask_logits.shape == truth.shape
+    assert asked[0].boxes is not None
+    assert asked[1].points.shape == (2, 2, 1, dims)
+    assert torch.equal(asked[1].mask_logits, torch.where(truth, 6.0, -6.0))
+
+
+def test_functions_and_names_together():
+    images, _, prob = scene()
+    term = make(["random-walker", lambda images, batch: 4 * (images - 0.5)], mode="mask")
+    assert term(images, student(prob), prob, step=STEP) > 0
+    assert list(term.generalists) == ["random-walker", "<lambda>"]
+    with pytest.raises(TypeError, match=r"function \(images, prompts\) -> logits, got function"):
+        make(lambda images: images)
+    with pytest.raises(TypeError, match=r"got type"):
+        make(Fake)
 
 
 def test_bad_calibration():

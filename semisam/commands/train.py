@@ -12,7 +12,8 @@ examples:
   semisam train --out runs/first --resume                  continues after a kill, with the same bits
   torchrun --nproc-per-node 2 -m semisam train DATA --out runs/two-gpus
 
-methods: supervised, mean-teacher (mt), ua-mt (uamt), semisam-mean-teacher (semisam-mt), semisam-ua-mt
+methods: supervised, mean-teacher (mt), ua-mt (uamt), dan; with the generalist's term: semisam-mean-teacher
+(semisam-mt), semisam-ua-mt, semisam-dan
 """
 
 from __future__ import annotations
@@ -161,7 +162,13 @@ def _quick_check(config: settings.Config, trainer: Any) -> int:
     short = replace(
         config,
         train=replace(config.train, steps=4, validate_every=4, checkpoint_every=2, log_every=1),
-        term=replace(config.term, gate_steps=2, gate_every=2),
+        term=replace(
+            config.term,
+            gate_steps=2,
+            gate_every=2,
+            offline_start=None if config.term.offline_from else 2,
+            refresh=min(config.term.refresh, 1),
+        ),
     )
     with tempfile.TemporaryDirectory() as folder:
         done = trainer.train(short, Path(folder) / "run")

@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 
+PUBLISHED = "published"
+"""The preset that does wrong on purpose."""
+
+
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type or out of range; the text names its key."""
 
@@ -69,7 +73,11 @@ class SpecialistConfig:
 
 @dataclass
 class MethodConfig:
-    """The training method: supervised, mean-teacher, ua-mt; semisam-* adds the generalist's term."""
+    """The training method: supervised, mean-teacher, ua-mt, dan; semisam-* adds the generalist's term.
+
+    `consistency_weight` is the weight of whatever a method learns from unlabeled samples; `ema_decay` and
+    `noise` are the teachers', `mc_passes` UA-MT's, the `discriminator_*` DAN's.
+    """
 
     name: str = "semisam-mean-teacher"
     lambda_ce: float = 0.5
@@ -79,11 +87,18 @@ class MethodConfig:
     ema_decay: float = 0.99
     noise: float = 0.1
     mc_passes: int = 8
+    discriminator_channels: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
+    discriminator_lr: float = 1e-4
+    discriminator_dropout: float = 0.5
 
 
 @dataclass
 class TermConfig:
-    """The generalist's term; None takes the preset's value, other names go to `SemiSAMTerm` as they are."""
+    """The generalist's term; None takes the preset's value, other names go to `SemiSAMTerm` as they are.
+
+    `preset` "published" is the leaky reference, `semisam.published.PublishedTerm`: it does wrong on purpose,
+    and opens labels of unlabeled scans (`options.defects`, default all of them).
+    """
 
     generalists: list[str] = field(default_factory=lambda: ["random-walker"])
     preset: str = "plus"
@@ -92,6 +107,11 @@ class TermConfig:
     gate: bool = True
     gate_steps: int | None = None  # steps of each leave-one-out run; None: a tenth of the steps
     gate_every: int = 100
+    offline: bool = False  # labels of whole unlabeled scans, made now and then, instead of step by step
+    offline_start: int | None = None  # steps before the first round of them; None: a quarter of the training
+    offline_from: str | None = None  # a run folder whose network makes the first round before any step
+    refresh: int = 0  # steps from one round to the next; 0: there is one only
+    position_prior: float = 0.0  # of an offline run: how strongly the place of organs in labeled scans counts
 
 
 @dataclass
@@ -109,6 +129,7 @@ class TrainConfig:
     schedule: str = "poly"  # poly | step | constant
     milestones: list[int] = field(default_factory=lambda: [2500, 5000])
     precision: str = "auto"  # auto | 32 | bf16 | fp16
+    memory_format: str = "auto"  # auto | contiguous | channels_last
     accumulate: int = 1
     clip_gradient: float | None = None
     augment: bool = True
@@ -341,6 +362,7 @@ _CHOICES = {
     "train.optimizer": ("sgd", "adam"),
     "train.schedule": ("poly", "step", "constant"),
     "train.precision": ("auto", "32", "bf16", "fp16"),
+    "train.memory_format": ("auto", "contiguous", "channels_last"),
     "train.device": ("auto", "cpu", "cuda"),
 }
 _AT_LEAST = {
@@ -348,6 +370,9 @@ _AT_LEAST = {
     "data.workers": 0,
     "term.gate_every": 1,
     "term.gate_steps": 1,
+    "term.offline_start": 0,
+    "term.refresh": 0,
+    "term.position_prior": 0,
     "train.steps": 1,
     "train.batch_size": 1,
     "train.labeled_batch": 1,
@@ -396,9 +421,59 @@ def check(config: Config) -> None:
             f"train.labeled_batch: expected less than train.batch_size ({train.batch_size}), as "
             f"{config.method.name} learns from unlabeled patches too, got {train.labeled_batch}"
         )
-    if len(train.patch_size) not in (2, 3) or min(train.patch_size) < 1:
-        raise ConfigError(f"train.patch_size: expected 2 or 3 sides in voxels, got {train.patch_size}")
+    if config.term.preset == PUBLISHED and config.term.gate and methods.needs_term(config.method.name):
+        raise ConfigError(
+            "term.gate: expected false with the preset 'published', as the published scripts have no gate"
+        )
+    _check_patch(config)
     if train.schedule == "step" and sorted(set(train.milestones)) != train.milestones:
         raise ConfigError(f"train.milestones: expected increasing steps, got {train.milestones}")
-    if methods.needs_term(config.method.name) and not config.term.generalists:
+    if methods.needs_term(config.method.name):
+        _check_term(config)
+
+
+def _check_term(config: Config) -> None:
+    term = config.term
+    if not term.generalists:
         raise ConfigError("term.generalists: expected at least one name for a semisam method, got none")
+    if not term.offline:
+        if term.position_prior:
+            raise ConfigError(
+                "term.position_prior: expected 0 without term.offline: a patch does not know where it lies; "
+                f"got {term.position_prior}"
+            )
+        return
+    if term.preset == PUBLISHED:
+        raise ConfigError(
+            "term.offline: expected false with the preset 'published', as the published scripts ask in "
+            "every step"
+        )
+    if term.offline_start == 0 and not term.offline_from:
+        raise ConfigError(
+            "term.offline_start: expected at least 1, as an untrained teacher knows nothing (or a run's "
+            "folder in term.offline_from), got 0"
+        )
+    if term.offline_start is not None and term.offline_start >= config.train.steps:
+        raise ConfigError(
+            f"term.offline_start: expected less than train.steps ({config.train.steps}), got "
+            f"{term.offline_start}"
+        )
+    if term.offline_from and term.offline_start:
+        raise ConfigError(
+            f"term.offline_start: expected 0 or nothing with term.offline_from, whose network makes the "
+            f"first labels, got {term.offline_start}"
+        )
+
+
+def _check_patch(config: Config) -> None:
+    from semisam import methods  # noqa: PLC0415
+
+    patch = config.train.patch_size
+    if len(patch) not in (2, 3) or min(patch) < 1:
+        raise ConfigError(f"train.patch_size: expected 2 or 3 sides in voxels, got {patch}")
+    halvings = len(config.method.discriminator_channels)
+    if methods.canonical_name(config.method.name).endswith("dan") and min(patch) < 2**halvings:
+        raise ConfigError(
+            f"train.patch_size: expected sides of at least {2**halvings}, as the discriminator halves the "
+            f"patch {halvings} times (method.discriminator_channels), got {patch}"
+        )

@@ -8,7 +8,7 @@ predictions (`calibrate`) and decides who may teach. Paper: SemiSAM+ (arXiv 2502
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,12 +20,13 @@ from semisam.engine import inference
 from semisam.engine.cases import Case, Split, read_image, read_label
 from semisam.engine.checkpoint import network_of
 from semisam.engine.config import Config
+from semisam.engine.position import PositionPrior
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.sampling import PatchSource
 from semisam.engine.stepper import Stepper
 from semisam.methods.base import random_key
 
-__all__ = ["HeldOut", "disturbed", "gate_steps", "held_out", "sentence"]
+__all__ = ["HeldOut", "choose", "disturbed", "gate_steps", "held_out", "sentence", "source_label"]
 
 FOLDS = 4
 COPIES = 2
@@ -49,6 +50,7 @@ class HeldOut:
     label: Any  # [*S] uint8, 255: ignored
     spacing: tuple[float, ...] | None
     case: str
+    sharpened: Any = None  # `probability` with a position prior of the other labeled scans
 
 
 def gate_steps(config: Config) -> int:
@@ -96,6 +98,10 @@ def held_out(
         rest = [c for name, cases in patients.items() if alone or name != patient for c in cases]
         network = _short_run(config, replace(split, labeled=rest), preprocessing, meta, fabric, fold, tick)
         cases = patients[patient]
+        prior = None
+        if config.term.offline and config.term.position_prior and not alone:
+            labels = [source_label(config, preprocessing, c) for c in rest]
+            prior = PositionPrior(labels, meta["num_classes"], strength=config.term.position_prior)
         for case in cases[:: -(-len(cases) // MOST_CASES)]:
             prepared = preprocessing.prepare(read_image(case))
             label = preprocessing.prepare_label(read_label(case, config.data.label_map), prepared)
@@ -106,7 +112,57 @@ def held_out(
                     image, truth = disturbed(image, label, np.random.default_rng(key))
                 with fabric.autocast():
                     probability = inference.sliding_window(network, image, config.train.patch_size)
-                yield HeldOut(image, probability, truth, prepared.spacing, case.id)
+                more = None if prior is None else prior.sharpen(probability)
+                yield HeldOut(image, probability, truth, prepared.spacing, case.id, more)
+
+
+def source_label(config: Config, preprocessing: Preprocessing, case: Case) -> Any:
+    """Return the label of a labeled case on the grid that the network sees, [*S'] uint8.
+
+    >>> import tempfile
+    >>> from semisam.engine import cases, config, gate
+    >>> from semisam.engine.phantom import write_phantoms
+    >>> from semisam.engine.preprocess import Preprocessing
+    >>> root = write_phantoms(tempfile.mkdtemp(), labeled=1, unlabeled=0, test=0, shape=(16, 16, 16))
+    >>> gate.source_label(config.Config(), Preprocessing(), cases.find_cases(root).cases[0]).shape
+    (16, 16, 16)
+    """
+    label = read_label(case, config.data.label_map)
+    return preprocessing.prepare_label(label, preprocessing.prepare(read_image(case)))
+
+
+def choose(term: Any, scans: Sequence[HeldOut]) -> dict[str, Any]:
+    """Let the term choose its source on held-out scans, and return what `SemiSAMTerm.calibrate` found.
+
+    Where scans come with a position prior, too, it is used if the best candidate is better with it than
+    without; "position_prior" says so, and "without_prior" or "with_prior" has the other's scores.
+
+    >>> import numpy as np
+    >>> from semisam.engine import gate
+    >>> from semisam.term import SemiSAMTerm
+    >>> label = np.zeros((32, 32), np.uint8)
+    >>> label[8:24, 8:24] = 1
+    >>> sure = np.stack([1 - label, label]).astype(np.float32)
+    >>> scan = gate.HeldOut(sure[1:], np.roll(sure, 6, 1), label, None, "a", sharpened=sure)
+    >>> found = gate.choose(SemiSAMTerm(total_steps=10), [scan])
+    >>> found["position_prior"], found["choice"]
+    (True, {'random-walker': 'mask'})
+    """
+    known = all(scan.spacing for scan in scans)
+    spacing = [scan.spacing for scan in scans] if known else None
+    images, labels = [scan.image for scan in scans], [scan.label for scan in scans]
+    plain = [scan.probability for scan in scans]
+    if any(scan.sharpened is None for scan in scans):
+        return {**term.calibrate(images, plain, labels, spacing), "position_prior": False}
+    state = term.state_dict()
+    sharp = term.calibrate(images, [scan.sharpened for scan in scans], labels, spacing)
+    after = term.state_dict()
+    term.load_state_dict(state)
+    found = term.calibrate(images, plain, labels, spacing)
+    if max(sharp["scores"].values()) > max(found["scores"].values()):
+        term.load_state_dict(after)
+        return {**sharp, "position_prior": True, "without_prior": found["scores"]}
+    return {**found, "position_prior": False, "with_prior": sharp["scores"]}
 
 
 def _short_run(
@@ -204,4 +260,9 @@ def sentence(found: dict[str, Any]) -> str:
             words.append(f"{choice.replace('_', ' ')} teaches in the place of {name}")
     volumes = found["volumes"]
     scans = "scan" if volumes == 1 else "scans"
+    for key, word in (("without_prior", "without"), ("with_prior", "with")):
+        if key in found:
+            words.append(
+                f"{word} the position prior it would have been {max(found[key].values()):.3f} at best"
+            )
     return f"Dice on {volumes} held-out {scans}: {scores}; {'; '.join(words)}"

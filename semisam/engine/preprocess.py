@@ -14,7 +14,7 @@ import numpy as np
 from semisam.engine.config import Config
 from semisam.engine.scans import CaseError, Volume, times
 
-__all__ = ["Prepared", "Preprocessing"]
+__all__ = ["Prepared", "Preprocessing", "resized"]
 
 Array = np.ndarray[Any, Any]
 NORMALIZE = ("zscore", "minmax", "none")
@@ -107,7 +107,7 @@ class Preprocessing:
             raise ValueError(f"volume: expected {self.spatial_dims} spatial axes, got {axes}")
         shape = array.shape[1:]
         target, spacing = self.grid(shape, volume.spacing)
-        array = _resize(array, target, 0 if self.size else 1)
+        array = resized(array, target, 0 if self.size else 1)
         slices = 1 if axes > self.spatial_dims else 0
         return Prepared(_normalized(array, self.normalize, slices), spacing, tuple(shape), volume.spacing)
 
@@ -126,7 +126,7 @@ class Preprocessing:
         """
         if tuple(label.shape) != prepared.original_shape:
             raise CaseError(f"image is {times(prepared.original_shape)}, label {times(label.shape)}")
-        return np.ascontiguousarray(_resize(label[None], prepared.shape, 0)[0], np.uint8)
+        return np.ascontiguousarray(resized(label[None], prepared.shape, 0)[0], np.uint8)
 
     def restore(self, prob: Array, prepared: Prepared) -> Array:
         """Return probabilities [C, *S'] on the scan's own grid, [C, *S] float32.
@@ -143,7 +143,7 @@ class Preprocessing:
         prob = np.asarray(prob, np.float32)
         if prob.shape[1:] != prepared.shape:
             raise ValueError(f"prob: expected [C, {times(prepared.shape)}], got {times(prob.shape)}")
-        return _resize(prob, prepared.original_shape, 1)
+        return resized(prob, prepared.original_shape, 1)
 
     def grid(
         self, shape: Sequence[int], spacing: tuple[float, ...] | None
@@ -171,8 +171,16 @@ class Preprocessing:
         return target, tuple(s * n / m for s, n, m in zip(spacing, shape, target, strict=True))
 
 
-def _resize(array: Array, shape: Sequence[int], order: int) -> Array:
-    """[channels, *S] on another grid over the same extent; voxels are cells, not points."""
+def resized(array: Array, shape: Sequence[int], order: int) -> Array:
+    """Return [channels, *S] on another grid over the same extent; voxels are cells, not points.
+
+    `order` 0 takes the nearest neighbour, 1 interpolates linearly.
+
+    >>> import numpy as np
+    >>> from semisam.engine.preprocess import resized
+    >>> resized(np.array([[[0.0, 1.0]]]), (1, 4), 0).tolist()
+    [[[0.0, 0.0, 1.0, 1.0]]]
+    """
     if array.shape[1:] == tuple(shape):
         return array
     from scipy import ndimage  # noqa: PLC0415

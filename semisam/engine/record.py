@@ -97,7 +97,7 @@ def write_sample(path: Path, last: Any, images: Any, logits: Any) -> None:
     >>> term = SemiSAMTerm(total_steps=100)
     >>> image = torch.zeros(1, 1, 24, 24)
     >>> image[..., 6:18, 6:18] = 1
-    >>> logits = 4 * torch.stack([-image[:, 0], image[:, 0]], 1)
+    >>> logits = 4 * torch.stack([0.5 - image[:, 0], image[:, 0] - 0.5], 1)
     >>> _ = term(image, logits, step=50)
     >>> place = pathlib.Path(tempfile.mkdtemp()) / "step_000050.npz"
     >>> record.write_sample(place, term.last, image, logits)

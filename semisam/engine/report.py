@@ -43,7 +43,9 @@ LOSSES = {
     "ce": "cross-entropy, labeled",
     "dice": "Dice loss, labeled",
     "consistency": "consistency with the teacher",
+    "adversarial": "deceiving the discriminator, unlabeled",
     "semisam": "generalist's term",
+    "discriminator": "the discriminator's own loss",
 }
 TERM_COLUMNS = {
     "term_weight": "weight of the generalist's term",
@@ -51,6 +53,9 @@ TERM_COLUMNS = {
     "term_agreement": "agreement of pseudo-label and specialist (Dice)",
     "term_clicks": "clicks per step",
     "term_skipped": "samples without a pseudo-label",
+    "term_failed_rows": "answers that said nothing",
+    "term_ms_generalist": "milliseconds of the generalists",
+    "term_ms_rest": "milliseconds of the rest of the term",
 }
 NOT_LOSSES = {"step", "lr", "seconds", "epoch", *TERM_COLUMNS}
 

@@ -38,8 +38,10 @@ TITLES = {
     "supervised": "Supervised",
     "mean-teacher": "Mean teacher",
     "ua-mt": "UA-MT",
+    "dan": "DAN",
     "semisam-mean-teacher": "SemiSAM-MT",
     "semisam-ua-mt": "SemiSAM-UA-MT",
+    "semisam-dan": "SemiSAM-DAN",
 }
 COMPONENT = "-largest-component"  # ending of the folder with largest components
 SAME_METHOD = ("data.draw", "data.labeled", "data.unlabeled", "train.seed", "method.name")

@@ -71,6 +71,7 @@ class PatchSource:
         self.labeled = int(train.labeled_batch)
         self.unlabeled = int(train.batch_size) - self.labeled if self.unlabeled_cases else 0
         self._check()
+        self.pseudo: Any = None  # semisam.engine.offline.PseudoLabels, if whole scans are labeled
         self._cache: dict[str, tuple[Array, Array | None]] = {}
         self._headers = [read_header(case) for case in (*self.labeled_cases, *self.unlabeled_cases)]
         self.spacing = self._spacing()
@@ -123,10 +124,10 @@ class PatchSource:
         `ids` are slot + batch size x step (mod 2^32), the same as in a run with one rank. Raises CaseError
         for a scan or label that cannot be used.
         """
-        return _as_tensors(self.arrays(step), self.spacing)
+        return self._as_tensors(self.arrays(step))
 
-    def arrays(self, step: int) -> tuple[Array, Array, tuple[int, ...]]:
-        """Image, label and ids of `batch(step)`, as arrays."""
+    def arrays(self, step: int) -> tuple[Array, Array, tuple[int, ...], Array | None]:
+        """Image, label, ids and planes of the pseudo-labels (None without) of `batch(step)`, as arrays."""
         per_rank = self.labeled // self.world, self.unlabeled // self.world
         slots = [self.rank * per_rank[0] + i for i in range(per_rank[0])]
         slots += [self.labeled + self.rank * per_rank[1] + i for i in range(per_rank[1])]
@@ -134,7 +135,9 @@ class PatchSource:
         images = np.stack([image for image, _ in patches])
         labels = np.stack([label for _, label in patches if label is not None])
         ids = tuple((slot + (self.labeled + self.unlabeled) * step) % 2**32 for slot in slots)
-        return images, labels, ids
+        taught = self.pseudo is not None and len(slots) > per_rank[0]
+        planes = np.stack([self.planes(step, slot) for slot in slots[per_rank[0] :]]) if taught else None
+        return images, labels, ids, planes
 
     def case(self, step: int, slot: int) -> Case:
         """The case that a slot of a step's whole batch is cut from."""
@@ -167,6 +170,37 @@ class PatchSource:
         if self.train.augment:
             image, label = augment_volume(image, label, random)
         return crop(image, label, self.patch_size, random)
+
+    def planes(self, step: int, slot: int) -> Array:
+        """The pseudo-label's planes [P, *patch], uint8, of the same patch; zeros where there is no label."""
+        image, _ = self._prepared(self.case(step, slot))
+        planes = self.pseudo.of(self.case(step, slot).id, image.shape[1:])
+        random = self._random(AUGMENT, step, slot)  # from its beginning: the same turns, the same place
+        if len(self.patch_size) == 2:
+            if self.train.augment:
+                planes, _ = augment_slice(planes, None, random, picture=False)
+            return np.ascontiguousarray(planes)
+        if self.train.augment:
+            planes, _ = augment_volume(planes, None, random)
+        return crop(planes, None, self.patch_size, random)[0]
+
+    def image(self, case: Case) -> Array:
+        """A scan of the split as the network sees it, [channels, *S] float32."""
+        return self._prepared(case)[0]
+
+    def spacing_of(self, case: Case) -> tuple[float, ...] | None:
+        """The spacing of a prepared scan in mm, or None if it is not known."""
+        head = self._headers[[*self.labeled_cases, *self.unlabeled_cases].index(case)]
+        if self.preprocessing.size is not None:
+            return None
+        return self.preprocessing.grid(head.shape, head.spacing)[1]
+
+    def _as_tensors(self, arrays: tuple[Array, Array, tuple[int, ...], Array | None]) -> Batch:
+        import torch  # noqa: PLC0415
+
+        images, labels, ids, planes = arrays
+        pseudo = None if planes is None else self.pseudo.decoded(torch.from_numpy(planes))
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), ids, self.spacing, pseudo)
 
     def _prepared(self, case: Case) -> tuple[Array, Array | None]:
         if case.id in self._cache:
@@ -224,7 +258,7 @@ class PatchSource:
             for made in loader:
                 if isinstance(made, CaseError):
                     raise made
-                yield _as_tensors(made, self.spacing)
+                yield self._as_tensors(made)
         except (RuntimeError, EOFError, ConnectionError) as error:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
@@ -248,13 +282,6 @@ class _Steps:
             return self.source.arrays(step)
         except CaseError as error:  # raised again by the loader, without a worker's traceback
             return error
-
-
-def _as_tensors(arrays: tuple[Array, Array, tuple[int, ...]], spacing: tuple[float, ...] | None) -> Batch:
-    import torch  # noqa: PLC0415
-
-    images, labels, ids = arrays
-    return Batch(torch.from_numpy(images), torch.from_numpy(labels), ids, spacing)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -317,14 +344,16 @@ def crop(
 
 
 def augment_slice(
-    image: Array, label: Array | None, random: np.random.Generator
+    image: Array, label: Array | None, random: np.random.Generator, *, picture: bool = True
 ) -> tuple[Array, Array | None]:
     """Return a weakly augmented copy of an image [channels, H, W] and its label [H, W].
 
     SC-SAM's weak view, in this order: flips (0.5 each); brightness and contrast (p 0.2, each +-0.2 of the
     image's range, clipped to it); shift, scale, rotation (p 0.5: up to 0.0625 of the side, 5 %, 10 degrees;
     linear for the image, nearest for the label, mirrored beyond the border); 5 to 8 holes of sides up
-    to 12 pixels (p 0.5), 0 in image and label. Paper: arXiv 2601.17934.
+    to 12 pixels (p 0.5), 0 in image and label. `picture=False`: an array of label-like planes, for which
+    brightness and contrast are left out, neighbours are nearest ones and the dtype stays; with a random
+    generator in the same state it moves as the image did. Paper: arXiv 2601.17934.
 
     >>> import numpy as np
     >>> from semisam.engine.sampling import augment_slice
@@ -333,7 +362,7 @@ def augment_slice(
     >>> view.shape, label.shape, str(view.dtype)
     ((3, 32, 32), (32, 32), 'float32')
     """
-    image = np.array(image, np.float32)
+    image = np.array(image, np.float32 if picture else image.dtype)
     label = None if label is None else label.copy()
     for axis in (0, 1):
         if random.random() < 0.5:
@@ -343,10 +372,11 @@ def augment_slice(
         contrast, brightness = random.uniform(-0.2, 0.2, 2)
         low, high = image.min(), image.max()
         span = high - low
-        image = np.clip(low + (image - low) * (1 + contrast) + span * brightness, low, high)
+        if picture:
+            image = np.clip(low + (image - low) * (1 + contrast) + span * brightness, low, high)
     if random.random() < 0.5:
-        image, label = _affine(image, label, random)
-    image = np.array(image, np.float32)
+        image, label = _affine(image, label, random, 1 if picture else 0)
+    image = np.array(image, np.float32 if picture else image.dtype)
     label = None if label is None else np.array(label)
     if random.random() < 0.5:
         for _ in range(int(random.integers(5, 9))):
@@ -362,7 +392,9 @@ def augment_slice(
     return image, label
 
 
-def _affine(image: Array, label: Array | None, random: np.random.Generator) -> tuple[Array, Array | None]:
+def _affine(
+    image: Array, label: Array | None, random: np.random.Generator, order: int
+) -> tuple[Array, Array | None]:
     """Shift, scale and rotate about the centre."""
     from scipy import ndimage  # noqa: PLC0415
 
@@ -374,7 +406,7 @@ def _affine(image: Array, label: Array | None, random: np.random.Generator) -> t
     matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
     centre = (side - 1) / 2
     offset = centre - matrix @ (centre + shift)
-    moved = [ndimage.affine_transform(part, matrix, offset, order=1, mode="mirror") for part in image]
+    moved = [ndimage.affine_transform(part, matrix, offset, order=order, mode="mirror") for part in image]
     if label is not None:
         label = ndimage.affine_transform(label, matrix, offset, order=0, mode="mirror")
     return np.stack(moved), label

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from semisam import specialists
-from semisam.engine.config import Config, ConfigError, differences
+from semisam.engine.config import PUBLISHED, Config, ConfigError, differences
 from semisam.engine.config import load as load_config
 
-__all__ = ["TrainingError", "build_term", "check_data", "check_folder", "check_patch"]
+__all__ = ["TrainingError", "build_term", "check_data", "check_folder", "check_patch", "overlaps"]
 
 MAY_CHANGE = {
     *("data.root", "data.workers", "data.cache", "train.device"),
@@ -24,14 +25,17 @@ class TrainingError(RuntimeError):
     """A run that cannot start or go on; the text says what to do."""
 
 
-def build_term(config: Config) -> Any:
+def build_term(config: Config, spatial_dims: int | None = None, classes: int = 1) -> Any:
     """Return the generalists' term of a configuration; ConfigError names the setting that does not fit.
+
+    With `spatial_dims` the generalists must take images of so many axes and `classes` foreground classes.
 
     >>> from semisam.engine import config, setup
     >>> setup.build_term(config.load(settings=[("term.options.lam_sam", 1.0)])).settings["lam_sam"]
     1.0
     """
     from semisam import generalists  # noqa: PLC0415
+    from semisam.published import PublishedTerm  # noqa: PLC0415
     from semisam.term import SemiSAMTerm  # noqa: PLC0415
 
     term = config.term
@@ -41,20 +45,62 @@ def build_term(config: Config) -> Any:
             f"term.generalist_options: expected names of term.generalists ({', '.join(term.generalists)}), "
             f"got {', '.join(sorted(unknown))}"
         )
+    makers = [
+        functools.partial(generalists.build, n, **term.generalist_options.get(n, {}))
+        for n in term.generalists
+    ]
     try:
-        made = [generalists.build(n, **term.generalist_options.get(n, {})) for n in term.generalists]
-    except (TypeError, ValueError, OSError) as error:
+        made = [make() for make in makers]
+    except (TypeError, ValueError, OSError, ImportError) as error:
         raise ConfigError(f"term.generalists: {error}") from error
+    course: dict[str, Any] = {"total_steps": config.train.steps, "seed": config.train.seed}
     try:
-        return SemiSAMTerm(
-            made,
-            preset=term.preset,
-            total_steps=config.train.steps,
-            seed=config.train.seed,
-            **term.options,
-        )
+        if term.preset == PUBLISHED:
+            built: SemiSAMTerm = PublishedTerm(made, makers=makers, **course, **term.options)
+        else:
+            built = SemiSAMTerm(made, preset=term.preset, **course, **term.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"term.options: {error}") from error
+    if spatial_dims is not None:
+        try:
+            built.check(spatial_dims, classes)
+        except ValueError as error:
+            raise ConfigError(f"term.generalists: {error}") from error
+    return built
+
+
+def overlaps(term: Any, case_set: Any) -> list[str]:
+    """Return one sentence for each generalist that was trained on the data set that a folder's names tell of.
+
+    The names are those of the folder, of the one above it, and in dataset.json.
+
+    >>> from types import SimpleNamespace
+    >>> from pathlib import Path
+    >>> from semisam.engine import setup
+    >>> from semisam.term import SemiSAMTerm
+    >>> setup.overlaps(SemiSAMTerm(total_steps=9), SimpleNamespace(root=Path("Task04_Hippocampus")))
+    []
+    """
+    from semisam.generalists import benchmarks  # noqa: PLC0415
+
+    root = Path(case_set.root).absolute()
+    names = [root.name, root.parent.name]
+    try:
+        content = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
+        names.append(str(content.get("name", "")))
+    except (OSError, ValueError, AttributeError):
+        pass  # not there, or told of by `check`
+    found = []
+    for name, generalist in term.generalists.items():
+        for key in benchmarks.recognise(names):
+            state, how = benchmarks.overlap(generalist.spec, key)
+            if state in ("yes", "related"):
+                what = "was trained on" if state == "yes" else "may have been trained on part of"
+                found.append(
+                    f"{name} {what} {key} ({how}), which this data set seems to be: what it teaches there "
+                    "says little about other data"
+                )
+    return found
 
 
 def check_folder(out: Path, config: Config, resume: bool) -> None:

@@ -16,7 +16,7 @@ from semisam.engine import optimisers
 from semisam.engine.config import ConfigError, TrainConfig
 from semisam.methods.base import Batch, Method, random_key
 
-__all__ = ["NotFinite", "Stepper", "fabric_for"]
+__all__ = ["NotFinite", "Stepper", "fabric_for", "memory_format_of"]
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -74,11 +74,37 @@ def fabric_for(train: TrainConfig) -> Any:
     return fabric
 
 
+def memory_format_of(train: TrainConfig, device: str) -> Any:
+    """Return torch's memory format of weights and images: `train.memory_format` in 2-D or 3-D.
+
+    "auto" is channels_last for 2-D networks on the CPU (a sixth faster there) and contiguous elsewhere. In
+    3-D, with bfloat16, channels_last halves the steps of narrow networks on the CPU, not those of wide ones.
+
+    >>> from semisam.engine.config import TrainConfig
+    >>> from semisam.engine.stepper import memory_format_of
+    >>> memory_format_of(TrainConfig(patch_size=[32, 32, 32], memory_format="channels_last"), "cpu")
+    torch.channels_last_3d
+    """
+    flat = len(train.patch_size) == 2
+    chosen = train.memory_format
+    if chosen == "auto":
+        chosen = "channels_last" if flat and device == "cpu" else "contiguous"
+    if chosen == "contiguous":
+        return torch.contiguous_format
+    return torch.channels_last if flat else torch.channels_last_3d
+
+
+def _formatted(network: Any, memory_format: Any) -> None:
+    """Give the weights of convolutions a memory format, in place."""
+    network.to(memory_format=memory_format)  # torch's stubs do not know it
+
+
 class Stepper:
     """Optimiser and network of a method, and how one step is done.
 
-    The network is set up for the fabric's device, precision and ranks. All of torch's randomness in a
-    step (dropout) is a function of (seed, step, rank), so that a resumed run continues with the same bits.
+    The network is set up for the fabric's device, precision, memory format and ranks. All of torch's
+    randomness in a step (dropout) is a function of (seed, step, rank), so that a resumed run continues with
+    the same bits.
 
     >>> import torch
     >>> from semisam import methods
@@ -97,13 +123,16 @@ class Stepper:
         self.train = train
         self.method = method
         self.total_steps = total_steps
+        self.format = memory_format_of(train, fabric.device.type)
+        _formatted(method.student, self.format)
         self.optimizer = optimisers.build(train, method.student.parameters())
         method.student.train()
         self.model = fabric.setup_module(method.student)
         method.forward = self.model
         self._optimizer = fabric.setup_optimizers(self.optimizer)
+        method.to(fabric.device)
         if method.teacher is not None:
-            method.teacher.to(fabric.device)
+            _formatted(method.teacher, self.format)
 
     @property
     def scaler(self) -> dict[str, Any]:
@@ -163,6 +192,6 @@ class Stepper:
         device = self.fabric.device
         return replace(
             batch,
-            image=batch.image.to(device, non_blocking=True),
+            image=batch.image.to(device, non_blocking=True, memory_format=self.format),
             label=batch.label.to(device, non_blocking=True),
         )

@@ -22,21 +22,26 @@ import torch
 import yaml
 
 from semisam import methods, metrics, specialists
-from semisam.engine import checkpoint, gate, inference, record
+from semisam.engine import checkpoint, gate, inference, offline, record
 from semisam.engine.cases import CaseSet, Split, find_cases, read_image, read_label
 from semisam.engine.cases import split as make_split
 from semisam.engine.checkpoint import CheckpointError, Loaded, load
 from semisam.engine.config import Config, check, dump
 from semisam.engine.files import Table, write_json, write_text
+from semisam.engine.position import PositionPrior
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress, say
+from semisam.engine.published import LeakedLabels
 from semisam.engine.sampling import PatchSource
-from semisam.engine.setup import TrainingError, build_term, check_data, check_folder, check_patch
+from semisam.engine.setup import TrainingError, build_term, check_data, check_folder, check_patch, overlaps
 from semisam.engine.stepper import NotFinite, Stepper, fabric_for
 
 __all__ = ["CheckpointError", "Interrupted", "Loaded", "Run", "TrainingError", "load", "train"]
 
-DIAGNOSTICS = ("term_weight", "term_mean_u", "term_agreement", "term_clicks", "term_skipped")
+DIAGNOSTICS = (
+    *("term_weight", "term_mean_u", "term_agreement", "term_clicks", "term_skipped", "term_failed_rows"),
+    *("term_ms_generalist", "term_ms_rest"),
+)
 SAMPLES = 6
 
 
@@ -174,17 +179,45 @@ class _Training:
             *(self.fabric.global_rank, self.fabric.world_size),
         )
         self.meta["spacing"] = self.source.spacing and list(self.source.spacing)
-        self.term: Any = build_term(config) if methods.needs_term(config.method.name) else None
+        self.term: Any = None
+        self.overlaps: list[str] = []
+        if methods.needs_term(config.method.name):
+            self.term = build_term(config, case_set.spatial_dims, self.meta["num_classes"] - 1)
+            self.overlaps = overlaps(self.term, case_set)
+        self._open_labels(case_set)
+        if self.term is not None and config.term.offline and self.split.unlabeled:
+            soft = self.term.settings["target"] == "soft"
+            self.source.pseudo = offline.PseudoLabels(self.meta["num_classes"], soft=soft)
         self.method = methods.build(
             *(config.method, student),
             num_classes=self.meta["num_classes"],
             total_steps=config.train.steps,
             seed=config.train.seed,
             term=self.term,
+            channels=case_set.channels,
+            spatial_dims=case_set.spatial_dims,
         )
         self.stepper = Stepper(self.fabric, config.train, self.method, config.train.steps)
         self.done = 0
         self._open_folder(command)
+
+    def _open_labels(self, case_set: CaseSet) -> None:
+        """For the leaky reference, and loudly."""
+        defects = getattr(self.term, "defects", None)
+        if defects is None:
+            return
+        self.meta["defects"] = list(defects.numbers)
+        if self.first:
+            say(
+                "WARNING: the preset 'published' does wrong on purpose; its results must not be reported as a"
+            )
+            say(f"WARNING: method's. Defects that are on: {', '.join(defects.numbers) or 'none'}")
+            for sentence in defects.sentences:
+                say(f"WARNING: {sentence}")
+        if defects.label_clicks:
+            if self.first:
+                say("WARNING: labels of unlabeled scans are opened")
+            self.term.open_labels(LeakedLabels(self.config, case_set, self.split, self.preprocessing))
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -194,9 +227,11 @@ class _Training:
         self._restore_or_begin()
         self._open_tables()
         started = time.monotonic() - self.meta["seconds"]
-        batches = self.source.loader(self.done * train.accumulate)
+        batches: Any = None
         steps = range(self.done, total)
         for step in progress(steps, total, "training", initial=self.done, show=self.first):
+            if batches is None or (self.source.pseudo is not None and offline.due(self.config, step)):
+                batches = self._batches_from(step, batches)
             batch = [next(batches) for _ in range(train.accumulate)]
             try:
                 values = self.stepper.step(step, batch)
@@ -216,6 +251,52 @@ class _Training:
             self._record(finished=True)
         self.fabric.barrier()
         return Run(self.out, self.done, self.meta["best"], self.meta["seconds"])
+
+    def _batches_from(self, step: int, before: Any) -> Iterator[Any]:
+        """The batches from a step on; in an offline run with the labels that belong to it."""
+        if before is not None:
+            before.close()
+        if self.source.pseudo is not None:
+            known = offline.last_round(self.config, step)
+            if known == step:
+                self._label_scans(step)
+            if known is not None:
+                offline.read_round(self.source, offline.place_of(self.out, known))
+        return self.source.loader(step * self.config.train.accumulate)
+
+    def _label_scans(self, step: int) -> None:
+        """A round of labels of the whole unlabeled scans; a killed one goes on where it was."""
+        if step:
+            self._save("last")  # from here on the labels of the round before are not needed any more
+        student: Any = self.method.student
+        teacher: Any = student if self.method.teacher is None else self.method.teacher
+        other = self.config.term.offline_from
+        if step == 0 and other:
+            teacher = offline.network_from(other, self.meta, self.fabric.device)
+        place = offline.place_of(self.out, step)
+        alone = self.fabric.world_size == 1  # ranks have different numbers of scans
+        offline.label_scans(
+            *(self.config, self.source, teacher, self.term, place, step),
+            prior=self._position_prior(),
+            fabric=self.fabric,
+            tick=self._stop_if_asked if alone else lambda: None,
+        )
+        student.train()  # where it is the one that was asked
+        self.fabric.barrier()
+        if self.first:
+            rows = offline.write_table(self.source, place)
+            share = sum(row["weight"] for row in rows) / len(rows)
+            say(f"step {step}: {len(rows)} unlabeled scans labeled as wholes, mean weight {share:.3f}")
+        self.fabric.barrier()
+
+    def _position_prior(self) -> Any:
+        """The labeled scans' position prior, unless there is none or the gate found it of no use."""
+        strength = self.config.term.position_prior
+        judged = self.config.term.gate
+        if not strength or (judged and not (self.meta["gate"] or {}).get("position_prior")):
+            return None
+        labels = [gate.source_label(self.config, self.preprocessing, c) for c in self.split.labeled]
+        return PositionPrior(labels, self.meta["num_classes"], strength=strength)
 
     def _due(self, every: int) -> bool:
         return self.done % every == 0 or self.done == self.config.train.steps
@@ -291,6 +372,8 @@ class _Training:
                 "sha256": self.digests,
                 "start_weights": weights and {"path": weights, "sha256": record.sha256(Path(weights))},
                 "generalist_weights": self._generalist_weights(),
+                "generalist_overlaps": self.overlaps,
+                "offline_from": self._offline_from(),
                 "steps": self.done,
                 "finished": finished,
                 "best": self.meta["best"],
@@ -298,18 +381,36 @@ class _Training:
             },
         )
 
-    def _generalist_weights(self) -> dict[str, dict[str, str]]:
-        """The files that generalists were given, by name, with their hashes."""
+    def _generalist_weights(self) -> dict[str, dict[str, Any]]:
+        """The files that generalists were given, by name, with their hashes; one per file of a folder."""
         if self.term is None:
             return {}
-        given = {n: o.get("checkpoint") for n, o in self.config.term.generalist_options.items()}
-        files = {n: Path(path) for n, path in given.items() if path}
-        return {n: {"path": str(path), "sha256": record.sha256(path)} for n, path in files.items()}
+        found: dict[str, dict[str, Any]] = {}
+        for name, made in zip(self.config.term.generalists, self.term.generalists.values(), strict=True):
+            files = tuple(getattr(made, "files", ()))
+            options = self.config.term.generalist_options.get(name, {})
+            given = options.get("checkpoint") or (files and files[0]) or ""
+            if given:
+                single = Path(given).is_file()
+                hashed = record.sha256(Path(given)) if single else {f.name: record.sha256(f) for f in files}
+                found[name] = {"path": str(given), "sha256": hashed}
+        return found
+
+    def _offline_from(self) -> dict[str, str] | None:
+        """The checkpoint of another run that makes the first labels, with its hash."""
+        other = self.config.term.offline_from
+        if self.term is None or not (self.config.term.offline and other):
+            return None
+        path = offline.weights_of(other)
+        return {"path": str(path), "sha256": record.sha256(path)}
 
     def _restore_or_begin(self) -> None:
         last = self.out / "last.ckpt"
         self.fabric.barrier()
         if not last.exists():
+            if self.first:
+                for text in self.overlaps:
+                    say(f"warning: {text}")
             if self.term is not None and self.config.term.gate:
                 self._calibrate()
             self._save("last")
@@ -329,7 +430,7 @@ class _Training:
 
     def _open_tables(self) -> None:
         classes = ("step", "candidate", "class", "dice", "chosen")
-        losses = [*self.method.terms] if self.split.unlabeled else ["ce", "dice"]
+        losses = [*self.method.terms, *self.method.measures] if self.split.unlabeled else ["ce", "dice"]
         log = ("step", "loss", *losses, "lr", "seconds", *(DIAGNOSTICS if self.term is not None else ()))
         columns = {"log": log}
         if self.split.validation:
@@ -364,9 +465,10 @@ class _Training:
 
     def _log(self, values: dict[str, float]) -> None:
         if self.done == 1 or self._due(self.config.train.log_every):
-            row = {**values, "seconds": round(self.meta["seconds"], 3)}
+            row = {**values, **self.method.measured, "seconds": round(self.meta["seconds"], 3)}
             if self.term is not None:
-                row |= {name: self.term.diagnostics.get(name.removeprefix("term_")) for name in DIAGNOSTICS}
+                found = {name: self.term.diagnostics.get(name.removeprefix("term_")) for name in DIAGNOSTICS}
+                row |= {n: round(v, 3) if n.startswith("term_ms") else v for n, v in found.items()}
             self.tables["log"].add(step=self.done, **row)
             if self.board is not None:
                 for name, value in row.items():
@@ -430,27 +532,22 @@ class _Training:
                 f"{self.config.train.lr}), set train.clip_gradient, or look at the labeled images"
             ) from error
         if self.first:
-            known = all(scan.spacing for scan in scans)
-            found = self.term.calibrate(
-                [scan.image for scan in scans],
-                [scan.probability for scan in scans],
-                [scan.label for scan in scans],
-                [scan.spacing for scan in scans] if known else None,
-            )
+            found = gate.choose(self.term, scans)
             say(f"gate: {gate.sentence(found)}")
             self.meta["gate"] = found
         self._share_term()
+        if self.fabric.world_size > 1:
+            self.meta["gate"] = self.fabric.broadcast(self.meta["gate"])
 
     def _score_generalists(self, batch: Any) -> None:
         """Keep the generalists' reliabilities up to date, on disturbed labeled patches."""
-        if self.first and self.method.teacher is not None:
+        if self.first:
             random = np.random.default_rng([self.config.train.seed, self.done])
             labeled = batch.image[: batch.labeled].numpy()
             copies = [gate.disturbed(image, None, random, rotate=False)[0] for image in labeled]
             images = torch.from_numpy(np.stack(copies))
             with self.fabric.autocast():
-                teacher: Any = self.method
-                probs = teacher.teacher_probabilities(images.to(self.fabric.device)).cpu()
+                probs = self.method.prompt_probabilities(images.to(self.fabric.device)).cpu()
             self._log_gate(self.term.score(images, probs, batch.label, batch.spacing))
         self._share_term()
 

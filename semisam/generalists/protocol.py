@@ -7,10 +7,11 @@ returns is without gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from semisam.fetch import Weights
 from semisam.prompts import PromptBatch
 
 __all__ = ["Decoded", "Generalist", "GeneralistSpec"]
@@ -23,6 +24,14 @@ class GeneralistSpec:
     `prompts` is a subset of "points", "mask", "box". `mask_size` is the resolution of its mask prompt,
     None for that of the patch; `input_size` the size that images are brought to, None for any; `spacing`
     (mm) what it was trained on, None for any. `default_mode` is the term's prompt mode for it.
+    `max_classes` is how many foreground classes it can be asked for at once, None for any. A 2-D model with a
+    `slice_axis` is asked about volumes, too, slice by slice along that axis.
+
+    `packages` are the modules that it imports when it is built, `extra` the pip extra of semisam that brings
+    them; `weights` where its weights are published, None if it has none. `training_sets` is for people;
+    `overlaps` says of names of `semisam.generalists.benchmarks.BENCHMARKS` how they were part of its training
+    ("related: ..." of scans of another name that may be in part the same), and `training_list` what is known
+    of the others: "none" (it was not trained), "published" (there is a list without them), "" (not stated).
 
     >>> from semisam.generalists.protocol import GeneralistSpec
     >>> GeneralistSpec("mine", spatial_dims=(3,), prompts=frozenset({"points"})).mask_size is None
@@ -39,6 +48,13 @@ class GeneralistSpec:
     licence: str = ""
     training_sets: tuple[str, ...] = ()
     paper: str = ""
+    max_classes: int | None = None
+    slice_axis: int | None = None
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    weights: Weights | None = None
+    overlaps: Mapping[str, str] = field(default_factory=dict, hash=False)
+    training_list: str = ""
 
 
 class Decoded(NamedTuple):
@@ -71,7 +87,7 @@ class Generalist(Protocol):
         """Segment B samples x F classes, one-vs-rest, in one batch.
 
         `active` [B, F] (bool; default all) says which rows are asked for. A row without points
-        (labels all -1, or K = 0) is asked by its mask prompt alone. NaN in a row's answer says that the
-        model has none: the term leaves that sample out.
+        (labels all -1, or K = 0) is asked by its mask prompt alone. NaN in a row's answer, or
+        the same number in every voxel of it, says that the model has none: the term leaves that sample out.
         """
         ...

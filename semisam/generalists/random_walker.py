@@ -75,6 +75,7 @@ class RandomWalker:
         default_mode="mask",
         licence="Apache-2.0",
         paper="Grady, TPAMI 2006 and CVPR 2005",
+        training_list="none",
     )
 
     def __init__(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from semisam import ops, prompts, weights
+from semisam.fetch import Weights
 from semisam.generalists.protocol import Decoded, GeneralistSpec
 from semisam.generalists.sam_med3d_network import SamMed3DNetwork
 from semisam.prompts import PromptBatch
@@ -21,6 +22,23 @@ from semisam.prompts import PromptBatch
 __all__ = ["CubeState", "SamMed3D", "SamMed3DTurbo", "SegAnyPET"]
 
 _UNASKED = -10.0  # the logit of rows that were not asked for
+_PIECE = 1 << 16  # voxels of an image that are converted together, within the caches
+_SEEN = {  # utils/data_paths.py of the repository
+    "LA": "related: LAScarQS 2022 and decathlon task 2: left atria in MRI, in part of the same hospital",
+    "Hippocampus": "as MSD04_Hippocampus",
+    "MSD Heart": "as MSD02_Heart",
+    "MSD Prostate": "as MSD05_Prostate",
+    "MSD Pancreas": "as MSD07_Pancreas",
+    "MSD Spleen": "as MSD09_Spleen",
+    "BTCV": "as BTCV_Abdomen",
+    "AMOS": "as AMOS2022, CT and MRI",
+    "FLARE": "as FLARE21",
+    "WORD": "as WORD",
+    "LiTS": "as LITS",
+    "TotalSegmentator": "as Totalsegmentator_dataset",
+    "BraTS": "as BraTS2021 and BrainTumour",
+    "PROMISE12": "as PROMISE12",
+}
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,6 +62,7 @@ class SamMed3D:
     to it; then the voxels above the background `background` (None: each image's minimum; 0 for raw
     intensities) get mean 0 and deviation 1. `resample_mm` (such as 1.5, what the weights were trained on)
     first brings patches of known spacing to that voxel size. Several channels are averaged afterwards.
+    `normalize=False` leaves the intensities as they are, which is not what the weights were trained on.
 
     `precision` "float32", "bfloat16", "float16" or "auto": bfloat16 on GPUs that have it, float16 on other
     GPUs, float32 elsewhere. The network follows the images' device. It is frozen: in evaluation mode,
@@ -75,6 +94,11 @@ class SamMed3D:
         licence="Apache-2.0 (its repository; data sets have terms of their own)",
         training_sets=("SA-Med3D-140K: 70 public data sets and licensed private cases",),
         paper="arXiv 2310.15161",
+        packages=("torch",),
+        extra="torch",
+        weights=Weights(page="https://github.com/uni-medical/SAM-Med3D"),
+        overlaps=_SEEN,
+        training_list="published",
     )
 
     def __init__(
@@ -85,6 +109,7 @@ class SamMed3D:
         background: float | None = None,
         resample_mm: float | None = None,
         precision: str = "auto",
+        normalize: bool = True,
     ) -> None:
         """Build the network and load the weights once."""
         who = type(self).__name__
@@ -100,12 +125,14 @@ class SamMed3D:
             )
         if resample_mm is not None and not 0 < resample_mm < float("inf"):
             raise ValueError(f"{who}(): resample_mm: expected a positive number or None, got {resample_mm}")
+        self.files: tuple[Path, ...] = () if checkpoint is None else (Path(checkpoint),)
         if checkpoint is not None:
             network = SamMed3DNetwork()
             weights.load(network, Path(checkpoint), who, name="checkpoint", rest=True)
         assert network is not None
         self.network = network.eval().requires_grad_(False)
         self.background, self.resample_mm, self.precision = background, resample_mm, precision
+        self.normalize = normalize
         a = network.architecture
         self.spec = replace(self.spec, mask_size=a.mask_size, input_size=(a.side,) * 3)
 
@@ -127,7 +154,8 @@ class SamMed3D:
         resampled = self._resampled(shape, spacing)
         channels = images.float().flatten(0, 1)[:, None]
         cube = self._standardised(_resize(channels, resampled))
-        cube = cube.reshape(*images.shape[:2], *cube.shape[1:]).mean(1)
+        if images.shape[1] > 1:
+            cube = cube.reshape(*images.shape[:2], *cube.shape[1:]).mean(1)
         with self._at(images.device):
             return CubeState(self.network.embed(cube), shape, resampled)
 
@@ -151,8 +179,11 @@ class SamMed3D:
             with self._at(low.device):
                 made, _ = self.network.decode(state.features[index // classes], points, labels, masks)
             low[index] = made[:, 0].float()
-        logits = torch.full((len(low), *state.shape), _UNASKED, device=low.device)
-        logits[rows] = self._to_patch(low[rows][:, None], state)[:, 0]
+        if bool(rows.all()):
+            logits = self._to_patch(low[:, None], state)
+        else:
+            logits = torch.full((len(low), *state.shape), _UNASKED, device=low.device)
+            logits[rows] = self._to_patch(low[rows][:, None], state)[:, 0]
         head = (batch, classes)
         return Decoded(logits.reshape(*head, *state.shape), low.reshape(*head, *self._mask_size))
 
@@ -198,14 +229,13 @@ class SamMed3D:
         if self.background is not None:
             low = torch.full_like(low, self.background)
         cube = self._into_cube(x, low)
-        inside = cube > low
-        over: dict[str, Any] = {"dim": (1, 2, 3, 4), "keepdim": True, "dtype": torch.float64}
-        n = inside.sum(**over)
-        mean = torch.where(inside, cube, 0).sum(**over) / n.clamp_min(1)
-        squares = torch.where(inside, cube - mean, 0).square().sum(**over)
+        if not self.normalize:
+            return cube
+        n, mean, squares = _moments(cube.flatten(1), low.reshape(-1, 1))
         deviation = (squares / (n - 1).clamp_min(1)).sqrt()
-        deviation = torch.where(deviation > 0, deviation, 1)
-        return ((cube - torch.where(n > 0, mean, low.double())) / deviation).float()
+        deviation = torch.where(deviation > 0, deviation, 1).float().reshape(low.shape)
+        mean = torch.where(n > 0, mean, low.reshape(-1).double()).float().reshape(low.shape)
+        return (cube - mean).div_(deviation)
 
     def _to_patch(self, low: Tensor, state: CubeState) -> Tensor:
         """Logits [N, 1, *mask_size] of the cube on the patch's grid."""
@@ -278,7 +308,17 @@ class SamMed3DTurbo(SamMed3D):
     ('sam-med3d-turbo', 'mixed')
     """
 
-    spec = replace(SamMed3D.spec, name="sam-med3d-turbo")
+    spec = replace(
+        SamMed3D.spec,
+        name="sam-med3d-turbo",
+        training_sets=(*SamMed3D.spec.training_sets, "fine-tuned on 44 of them"),
+        weights=Weights(
+            hub="blueyo0/SAM-Med3D",
+            files=("sam_med3d_turbo.pth",),
+            page="https://huggingface.co/blueyo0/SAM-Med3D",
+        ),
+        overlaps=_SEEN | {"KiTS": "as KiTS and KiTS2021", "FLARE": "as FLARE21 and FLARE22"},
+    )
 
 
 class SegAnyPET(SamMed3D):
@@ -297,13 +337,44 @@ class SegAnyPET(SamMed3D):
         licence="see its repository",
         training_sets=("PETS-5k (private PET scans)",),
         paper="arXiv 2502.14351",
+        weights=Weights(
+            hub="YichiZhang98/SegAnyPET", page="https://huggingface.co/YichiZhang98/SegAnyPET/tree/main"
+        ),
+        overlaps={},
+        training_list="",
     )
 
 
 def _resize(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(x.shape[2:]) == tuple(shape):
         return x
+    if x.device.type == "cpu":  # where the memory is had matters more than the arithmetic
+        made = ops.empty((*x.shape[:2], *shape), x.dtype, x.device)
+        resized: Tensor = torch.ops.aten.upsample_trilinear3d.out(x, shape, False, None, None, None, out=made)
+        return resized
     return F.interpolate(x, shape, mode="trilinear", align_corners=False)
+
+
+def _moments(rows: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number, mean and sum of squared deviations of what is above `low` [N, 1] in `rows` [N, V], float64.
+
+    Piece by piece: n, m and q of two pieces are, with d = m2 - m1, those of both together by
+
+        n = n1 + n2,   m = m1 + d n2 / n,   q = q1 + q2 + d^2 n1 n2 / n
+    """
+    n, mean, squares = rows.new_zeros(3, len(rows), dtype=torch.float64).unbind()
+    for piece in torch.split(rows, _PIECE if rows.device.type == "cpu" else rows.shape[1], 1):
+        inside = piece > low
+        values = piece.double()
+        count = inside.sum(1)
+        values.mul_(inside)
+        own = values.sum(1) / count.clamp_min(1)
+        values.sub_(own[:, None]).mul_(inside)
+        apart, whole = own - mean, (n + count).clamp_min(1)
+        squares = squares + values.square_().sum(1) + apart**2 * n * count / whole
+        mean = mean + apart * count / whole
+        n = n + count
+    return n, mean, squares
 
 
 def _place(shape: tuple[int, ...], side: int) -> tuple[slice, ...]:

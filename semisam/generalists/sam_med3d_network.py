@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from semisam import ops
+
 __all__ = ["Architecture", "SamMed3DNetwork"]
 
 
@@ -203,7 +205,7 @@ class Attention(nn.Module):
             out = self._with_padding_as_one_key(q, k, v)
         else:
             out = F.scaled_dot_product_attention(
-                q.flatten(2, 4), k.flatten(2, 4), v.flatten(2, 4), _summed(*self._relative(q, q)).to(q.dtype)
+                q.flatten(2, 4), k.flatten(2, 4), v.flatten(2, 4), _summed(*self._relative(q, q), q.dtype)
             )
         out = out.reshape(batch, self.heads, side, side, side, -1).movedim(1, 4).flatten(4)
         result: Tensor = self.proj(out[:, :n, :n, :n])
@@ -241,25 +243,34 @@ class Attention(nn.Module):
         bias_q, bias_k, bias_v = self.qkv.bias.to(q.dtype).reshape(3, 1, self.heads, 1, -1).unbind(0)
         beyond = bias_q[:, :, None, None].expand(batch, -1, n, n, self.window - n, -1)
         a, b, c = self._relative(q, torch.cat([q, beyond], 4))
-        real = _summed(a[..., :n], b[..., :n, :n], c[..., :n, :n])
         # Logarithms of sums over j0 and j1: [B, heads, n, n, 1, window]
-        b_all, c_all = b.logsumexp(4, keepdim=True), c.logsumexp(4, keepdim=True)
-        b_in, b_out = (part.logsumexp(4, keepdim=True) for part in (b[..., :n, :], b[..., n:, :]))
-        c_out = c[..., n:, :].logsumexp(4, keepdim=True)
+        b_in, b_out, c_in, c_out = (
+            part.logsumexp(4, keepdim=True) for x in (b, c) for part in (x[..., :n, :], x[..., n:, :])
+        )
+        b_all, c_all = torch.logaddexp(b_in, b_out), torch.logaddexp(c_in, c_out)
         parts = [(a + b_all + c_all)[..., n:], (a + b_out + c_all)[..., :n], (a + b_in + c_out)[..., :n]]
         padded = torch.cat(parts, -1).logsumexp(-1).flatten(2)
         # The product with bias_k comes from the attention itself, which sees it as the last key.
-        mask = torch.cat([real, padded[..., None]], -1).to(q.dtype)
+        mask = _summed(a[..., :n], b[..., :n, :n], c[..., :n, :n], q.dtype, padded)
         keys = torch.cat([k.flatten(2, 4), bias_k.expand(batch, -1, -1, -1)], 2)
         values = torch.cat([v.flatten(2, 4), bias_v.expand(batch, -1, -1, -1)], 2)
         return F.scaled_dot_product_attention(q.flatten(2, 4), keys, values, mask)
 
 
-def _summed(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """A + B + C as a mask [B, heads, queries, keys]."""
+def _summed(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype, last: Tensor | None = None) -> Tensor:
+    """A + B + C as a mask [B, heads, queries, keys]; `last` [B, heads, queries] is one key more."""
+    head, n, m = a.shape[:2], a.shape[2], a.shape[-1]
+    made: Tensor = ops.empty((*head, n**3, m**3 + (last is not None)), dtype, a.device)
+    if last is not None:
+        made[..., -1] = last
     # [.., i0, i1, i2, j0, j1, j2]
-    total = a[..., :, None, None, :] + b[..., None, :, None, :] + c[..., None, None, :, :]
-    return total.flatten(5, 7).flatten(2, 4)
+    total = made[..., : m**3].view(*head, n, n, n, m, m, m)
+    ab, c = a[..., :, None, None, :] + b[..., None, :, None, :], c[..., None, None, :, :]
+    if torch.is_grad_enabled():
+        total.copy_(ab + c)
+    else:
+        torch.add(ab, c, out=total)
+    return made
 
 
 # ---- prompt encoder -----------------------------------------------------------------------------

@@ -10,15 +10,18 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from semisam.methods.base import Batch, Method
+from semisam.methods.base import Batch, Method, PseudoLabel
+from semisam.methods.dan import DeepAdversarial
 from semisam.methods.mean_teacher import MeanTeacher
 from semisam.methods.uamt import UncertaintyAwareMeanTeacher
 
 __all__ = [
     "METHODS",
     "Batch",
+    "DeepAdversarial",
     "MeanTeacher",
     "Method",
+    "PseudoLabel",
     "UncertaintyAwareMeanTeacher",
     "build",
     "canonical_name",
@@ -27,7 +30,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Method, MeanTeacher, UncertaintyAwareMeanTeacher)
+    method.name: method for method in (Method, MeanTeacher, UncertaintyAwareMeanTeacher, DeepAdversarial)
 }
 """Every method by its name."""
 
@@ -79,14 +82,22 @@ def needs_unlabeled(name: str) -> bool:
 
 
 def build(
-    config: Any, student: Any, *, num_classes: int, total_steps: int, seed: int = 0, term: Any = None
+    config: Any,
+    student: Any,
+    *,
+    num_classes: int,
+    total_steps: int,
+    seed: int = 0,
+    term: Any = None,
+    channels: int = 1,
+    spatial_dims: int = 3,
 ) -> Method:
-    """Return the method `config.name`: supervised, mean-teacher, ua-mt, or semisam-* of the last two.
+    """Return the method `config.name`: supervised, mean-teacher, ua-mt, dan, or semisam-* of the last three.
 
-    `config` is a `MethodConfig`; `student` the network, `total_steps` the length of the training in
-    optimiser's steps. `term(images_u, logits_u, teacher_probs, step=, sample_ids=, spacing=)` gives the
-    weighted loss of a generalist and is needed by, and only by, semisam-*. The teacher is a copy of
-    the student as it is now.
+    `config` is a `MethodConfig`; `student` the network for images of `channels` channels and `spatial_dims`
+    axes, `total_steps` the length of the training in optimiser's steps.
+    `term(images_u, logits_u, teacher_probs, step=, sample_ids=, spacing=)` gives the weighted loss of a
+    generalist and is needed by, and only by, semisam-*. A teacher is a copy of the student as it is now.
 
     Raises ValueError for an unknown name, options out of range, and a term that is missing or too much.
 
@@ -102,4 +113,13 @@ def build(
         expected = "a SemiSAMTerm" if term is None else "None (the name has no 'semisam-')"
         raise ValueError(f"build(): term: expected {expected} for the method {name!r}, got {term}")
     method = METHODS[name.removeprefix(PREFIX)]
-    return method(config, student, num_classes=num_classes, total_steps=total_steps, seed=seed, term=term)
+    return method(
+        config,
+        student,
+        num_classes=num_classes,
+        total_steps=total_steps,
+        seed=seed,
+        term=term,
+        channels=channels,
+        spatial_dims=spatial_dims,
+    )

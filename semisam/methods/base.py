@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,21 @@ import semisam
 from semisam.losses import Term, voxel_loss
 from semisam.schedules import consistency_weight, ema_decay
 
-__all__ = ["Batch", "Method", "TeacherMethod"]
+__all__ = ["Batch", "Method", "PseudoLabel", "TeacherMethod"]
+
+
+class PseudoLabel(NamedTuple):
+    """What generalists said of whole scans, cut like the patches of a batch's unlabeled samples.
+
+    >>> import torch
+    >>> from semisam.methods.base import PseudoLabel
+    >>> PseudoLabel(torch.zeros(1, 2, 8, 8), torch.ones(1, 8, 8), torch.zeros(1, 8, 8)).weight.mean().item()
+    1.0
+    """
+
+    target: Any  # [B_u, C, *S] float32, or hard [B_u, *S] uint8 (255: ignored)
+    weight: Any  # [B_u, *S] float32, 0..1; 0: nothing is known there
+    uncertainty: Any  # [B_u, *S] float32, 0..1
 
 
 @dataclass
@@ -31,6 +45,7 @@ class Batch:
 
     There is no place for a label of an unlabeled sample. `ids` are the samples' numbers (unique within
     a step over all ranks) on which every random choice depends; `spacing` is in mm, None if unknown.
+    `pseudo` is what the term made of the unlabeled scans as wholes; None where it is asked step by step.
 
     >>> import torch
     >>> from semisam.methods.base import Batch
@@ -43,6 +58,7 @@ class Batch:
     label: Any  # [B_l, *S] uint8; 255: ignored
     ids: tuple[int, ...]
     spacing: tuple[float, ...] | None = None
+    pseudo: PseudoLabel | None = None
 
     @property
     def labeled(self) -> int:
@@ -61,9 +77,11 @@ class Method:
         L_sup = lambda_ce CE + lambda_dice Dice
 
     over the labeled samples of all ranks jointly, Dice with squared denominators. `config` is a
-    `MethodConfig` (any object with its fields); `student` is the network that is trained, `seed` with
-    (step, sample id) determines all randomness that is not dropout. `forward` is what runs the student
-    and may be replaced by a wrapper of it (the trainer's, for several ranks and mixed precision).
+    `MethodConfig` (any object with its fields); `student` is the network that is trained, on images of
+    `channels` channels and `spatial_dims` axes; `seed` with (step, sample id) determines all randomness that
+    is not dropout. `forward` is what runs the student and may be replaced by a wrapper of it (the
+    trainer's, for several ranks and mixed precision). `measured` are numbers for the log beside the terms,
+    named in `measures`.
 
     Papers: V-Net (arXiv 1606.04797) for Dice.
 
@@ -79,6 +97,7 @@ class Method:
     name = "supervised"
     uses_unlabeled = False
     terms: tuple[str, ...] = ("ce", "dice")
+    measures: tuple[str, ...] = ()
     teacher: nn.Module | None = None
     unlabeled: tuple[Tensor, Tensor]  # images and student's logits that the term saw last
 
@@ -91,6 +110,8 @@ class Method:
         total_steps: int,
         seed: int = 0,
         term: Any = None,
+        channels: int = 1,
+        spatial_dims: int = 3,
     ) -> None:
         if term is not None and not self.uses_unlabeled:
             raise ValueError(f"{self.name}: term: expected None, as no unlabeled image is used, got {term}")
@@ -105,7 +126,10 @@ class Method:
         self.num_classes = num_classes
         self.total_steps = total_steps
         self.seed = seed
+        self.channels = channels
+        self.spatial_dims = spatial_dims
         self.term = term
+        self.measured: dict[str, float] = {}
         if term is not None:
             self.terms = (*self.terms, "semisam")
 
@@ -116,9 +140,27 @@ class Method:
     def after_step(self, step: int) -> None:
         """Do what follows the optimiser's step `step` (from 0)."""
 
+    def to(self, device: Any) -> None:
+        """Bring what the method owns beside the student to a device."""
+        if self.teacher is not None:
+            self.teacher.to(device)
+
     def evaluation_network(self) -> nn.Module:
         """Return the network that the best checkpoint is chosen by: the student, as published."""
         return self.student
+
+    @torch.no_grad()
+    def prompt_probabilities(self, images: Any) -> Any:
+        """Return what prompts are made from, [B, C, *S] float32 without gradient: the student's prediction.
+
+        The student predicts in evaluation mode and is left in the mode that it was in.
+        """
+        before = self.student.training
+        self.student.eval()
+        try:
+            return self.student(images).float().softmax(1)
+        finally:
+            self.student.train(before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what else than student and teacher a resumed run needs: the term's state."""
@@ -128,6 +170,41 @@ class Method:
         """Take up what `state_dict` returned."""
         if self.term is not None:
             self.term.load_state_dict(state["term"])
+
+    def _from_generalists(
+        self, batch: Batch, logits: Tensor, source: Tensor | None, step: int
+    ) -> dict[str, Tensor]:
+        """The generalists' term on the unlabeled samples; `source`: what the prompts are made from.
+
+        `logits` [B, C, *S] are the whole batch's, on the core's device.
+        """
+        if self.term is None:
+            return {}
+        value = self._taught(batch, logits[batch.labeled :], source, step)
+        if ranks() > 1:  # it is a mean over the samples that have something to teach
+            found = self.term.diagnostics
+            kept = torch.tensor(float(len(found["weight_share"]) - found["skipped"]))
+            value = value * share_of(kept.to(batch.image.device))
+        self.unlabeled = on_core(batch.image[batch.labeled :]), logits[batch.labeled :].detach()
+        return {"semisam": value}
+
+    def _taught(self, batch: Batch, logits: Tensor, source: Tensor | None, step: int) -> Tensor:
+        """The term's value: from answers to these patches, or from labels of whole scans."""
+        images = batch.image[batch.labeled :]
+        shown = on_core(images)
+        if batch.pseudo is not None:
+            target, weight, doubt = batch.pseudo
+            made = self.term.from_labels(shown, logits, target, weight, step=step, uncertainty=doubt)
+        else:
+            probs = on_core(self.prompt_probabilities(images) if source is None else source)
+            ids = list(batch.ids[batch.labeled :])
+            made = self.term(shown, logits, probs, step=step, sample_ids=ids, spacing=batch.spacing)
+        value: Tensor = made
+        return value
+
+    def _weight(self, step: int) -> float:
+        """The rising weight of what is learned from unlabeled samples."""
+        return consistency_weight(step, self.total_steps, weight=self.config.consistency_weight)
 
     def _sweep(self, logits: Tensor, batch: Batch, more: dict[str, Term]) -> dict[str, Tensor]:
         """Supervised terms and `more` (on the samples behind the labeled ones), in one sweep over voxels."""
@@ -197,19 +274,7 @@ class TeacherMethod(Method):
         images, ids = batch.image[first:], batch.ids[first:]
         consistency, source = self._consistency(images, ids, step, (first, last))
         losses = self._sweep(logits, batch, {"consistency": consistency})
-        if self.term is not None:
-            probs = source if source is not None else self.teacher_probabilities(images)
-            images = on_core(images)
-            value = self.term(
-                images, logits[first:], on_core(probs), step=step, sample_ids=list(ids), spacing=batch.spacing
-            )
-            if ranks() > 1:  # it is a mean over the samples that have something to teach
-                found = self.term.diagnostics
-                kept = torch.tensor(float(len(found["weight_share"]) - found["skipped"]))
-                value = value * share_of(kept.to(batch.image.device))
-            losses["semisam"] = value
-            self.unlabeled = images, logits[first:].detach()
-        return losses
+        return losses | self._from_generalists(batch, logits, source, step)
 
     def _consistency(
         self, images: Tensor, ids: Sequence[int], step: int, samples: tuple[int, int]
@@ -227,12 +292,9 @@ class TeacherMethod(Method):
             copy.copy_(buffer)
 
     @torch.no_grad()
-    def teacher_probabilities(self, images: Any) -> Any:
+    def prompt_probabilities(self, images: Any) -> Any:
         """Return the teacher's clean prediction [B, C, *S] in evaluation mode, float32, without gradient."""
         return self.teacher(images).float().softmax(1)
-
-    def _weight(self, step: int) -> float:
-        return consistency_weight(step, self.total_steps, weight=self.config.consistency_weight)
 
     def _noisy(self, images: Tensor, ids: Sequence[int], step: int, draw: int) -> Tensor:
         """Images + clip(noise N(0, 1), +-2 noise), the same for a sample whatever rank or batch it is in."""

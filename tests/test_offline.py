@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pseudo-labels of whole scans: cut with the patch, made when they are due, the same after a kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import data_dir
+from test_trainer import losses, same, settings, together, weights
+
+from semisam.engine import checkpoint, config, offline, trainer
+from semisam.engine.cases import find_cases
+from semisam.engine.cases import split as make_split
+from semisam.engine.files import read_table
+from semisam.engine.phantom import write_phantoms
+from semisam.engine.preprocess import Preprocessing
+from semisam.engine.sampling import PatchSource, augment_slice
+from semisam.engine.setup import TrainingError
+
+OFFLINE = {
+    "term__offline": True,
+    "term__offline_start": 4,
+    "term__refresh": 4,
+    "term__gate": False,
+    "term__options": {"lam_sam": 5.0, "ramp": "flat", "warmup": 0.0, "sample_gate": 0.0},
+    "train__steps": 12,
+    "train__lr": 0.05,
+    "train__checkpoint_every": 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("phantoms")
+    return write_phantoms(root, labeled=4, unlabeled=3, test=0, shape=(20, 20, 20))
+
+
+@pytest.fixture(scope="module")
+def sure(tmp_path_factory):
+    """Weights whose predictions have a foreground: prompts, and so labels, from the first round on."""
+    from semisam import specialists  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    network = specialists.build("unet3d", in_channels=1, num_classes=2, channels=[4, 8])
+    with torch.no_grad():
+        network.final.weight *= 8
+    path = tmp_path_factory.mktemp("weights") / "sure.pth"
+    torch.save(network.state_dict(), path)
+    return str(path)
+
+
+def made(data, sure, **more):
+    return settings(data, **{**OFFLINE, "specialist__weights": sure, **more})
+
+
+@pytest.fixture(scope="module")
+def whole(data, sure, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    torch.set_num_threads(1)
+    trainer.train(made(data, sure), out)
+    return out
+
+
+# ---- planes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_planes_are_what_they_encode(rng, soft):
+    labels = offline.PseudoLabels(3, soft=soft)
+    q = rng.dirichlet((1, 1, 1), (5, 6, 7)).transpose(3, 0, 1, 2)
+    target = q if soft else rng.choice([0, 1, 2, 255], (5, 6, 7))
+    weight, doubt = rng.random((2, 5, 6, 7))
+    planes = labels.encoded(target, weight, doubt)
+    assert planes.dtype == np.uint8
+    assert planes.shape == (labels.count, 5, 6, 7)
+    found = labels.decoded(torch.from_numpy(planes[None]))
+    if soft:  # rounded to 1/255 per foreground class, and the background by their sum
+        assert np.abs(found.target[0].numpy() - q).max() <= 1 / 255 + 1e-6
+        assert np.allclose(found.target.sum(1), 1, atol=1e-6)
+    else:
+        assert found.target.dtype == torch.uint8
+        assert np.array_equal(found.target[0], target)
+    assert np.abs(found.weight[0].numpy() - weight).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(found.uncertainty[0].numpy() - doubt).max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_labels_are_cut_with_their_patch(data, augment):
+    """The image itself as label: patch and label are then the same numbers, whatever was turned."""
+    changed = settings(data, train__augment=augment)
+    roles = make_split(find_cases(data), changed.data)
+    source = PatchSource(roles, Preprocessing(normalize="minmax"), changed.train, changed.data, 2)
+    before = [source.batch(step) for step in range(6)]
+    assert all(batch.pseudo is None for batch in before)
+    source.pseudo = offline.PseudoLabels(2, soft=True)
+    for case in source.unlabeled_cases[1:]:
+        image = source.image(case)[0]
+        source.pseudo.planes[case.id] = source.pseudo.encoded(
+            np.stack([1 - image, image]), np.ones_like(image), image
+        )
+    none = source.unlabeled_cases[0].id
+    seen = 0
+    for step, earlier in enumerate(before):
+        batch = source.batch(step)
+        assert torch.equal(batch.image, earlier.image)
+        for k in range(batch.unlabeled):
+            target, weight, doubt = (part[k] for part in batch.pseudo)
+            if source.case(step, batch.labeled + k).id == none:
+                assert not weight.any()
+                continue
+            seen += 1
+            image = batch.image[batch.labeled + k, 0]
+            assert (target[1] - image).abs().max() <= 0.5 / 255 + 1e-6
+            assert (doubt - image).abs().max() <= 0.5 / 255 + 1e-6
+            assert not weight[image > 0].ne(1).any()  # beyond the scan nothing is known
+    assert seen > 3
+
+
+def test_slices_move_with_their_labels():
+    """A smooth picture as its own label: as the picture is resampled linearly, up to a voxel's step."""
+    axis = np.linspace(0, 1, 64)
+    picture = np.stack(np.broadcast_arrays(axis[:, None] * axis)).astype(np.float32)
+    planes = np.rint(255 * picture).astype(np.uint8)
+    for seed in range(20):
+        view, _ = augment_slice(np.concatenate([picture, picture]), None, np.random.default_rng(seed))
+        moved, _ = augment_slice(planes, None, np.random.default_rng(seed), picture=False)
+        assert moved.dtype == np.uint8
+        holes = (view[0] == 0) | (moved[0] == 0)
+        a, b = view[0][~holes], moved[0][~holes] / 255
+        if len(a) > 100:  # brightness and contrast are one line
+            assert np.corrcoef(a, b)[0, 1] > 0.995, seed
+
+
+def test_workers_get_the_labels_too(data):
+    changed = settings(data, data__workers=2, train__steps=3)
+    roles = make_split(find_cases(data), changed.data)
+
+    def source(workers):
+        found = PatchSource(roles, Preprocessing(), changed.train, replace(changed.data, workers=workers), 2)
+        found.pseudo = offline.PseudoLabels(2, soft=False)
+        for case in found.unlabeled_cases:
+            space = found.image(case).shape[1:]
+            ones = np.ones(space)
+            found.pseudo.planes[case.id] = found.pseudo.encoded(ones, ones, ones)
+        return found
+
+    for a, b in zip(source(2).loader(), source(0).loader(), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.pseudo, b.pseudo, strict=True))
+        assert a.pseudo.weight.any()
+
+
+# ---- rounds -------------------------------------------------------------------------------------
+
+
+def test_rounds_and_their_files(whole, data, sure):
+    log = losses(whole)
+    assert [float(row["semisam"]) > 0 for row in log] == [False] * 4 + [True] * 8
+    (place,) = (whole / "pseudo").iterdir()  # only the last round is kept
+    assert place.name == "step_000008"
+    ids = sorted(make_split(find_cases(data), made(data, sure).data).ids()["unlabeled"])
+    assert sorted(path.stem for path in place.glob("*.npz")) == ids
+    with (place / "labels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["case"] for row in rows) == ids
+    assert all(float(row["weight"]) > 0 and int(row["foreground_voxels"]) > 0 for row in rows)
+    assert not list(whole.rglob(".*.tmp.*"))
+
+
+def test_until_the_first_round_it_is_mean_teacher(data, sure, tmp_path):
+    late = trainer.train(made(data, sure, term__offline_start=6, train__steps=7), tmp_path / "late").out
+    plain = trainer.train(made(data, sure, method__name="mt", train__steps=7), tmp_path / "plain").out
+    ours, theirs = losses(late), losses(plain)
+    for a, b in zip(ours[:6], theirs[:6], strict=True):
+        assert {name: a[name] for name in b} == b
+    assert not same(weights(late), weights(plain))  # the seventh step had labels
+
+
+def test_the_label_is_the_terms_own(data, sure, tmp_path):
+    """One round, by hand: sliding windows of the teacher, `teach`, planes."""
+    from semisam.engine.inference import sliding_window  # noqa: PLC0415
+    from semisam.engine.setup import build_term  # noqa: PLC0415
+
+    changed = made(data, sure, train__steps=5, train__checkpoint_every=4, term__refresh=0)
+    run = trainer.train(changed, tmp_path / "r").out
+    teacher = checkpoint.network_of(changed, {"channels": 1, "num_classes": 2})
+    stopped = _teacher_at(changed, tmp_path / "stopped", 4)
+    teacher.load_state_dict(stopped)
+    teacher.eval()
+    roles = make_split(find_cases(data), changed.data)
+    source = PatchSource(roles, Preprocessing(), changed.train, changed.data, 2)
+    term = build_term(changed)
+    labels = offline.PseudoLabels(2, soft=True)
+    for number, case in enumerate(source.unlabeled_cases):
+        image = torch.from_numpy(np.ascontiguousarray(source.image(case)))
+        prob = sliding_window(teacher, image, [16, 16, 16])
+        found = term.teach(
+            image[None], prob[None], step=4, sample_ids=[number], spacing=source.spacing_of(case)
+        )
+        expected = labels.encoded(*(a[0].numpy() for a in (found.target, found.weight, found.uncertainty)))
+        with np.load(offline.place_of(run, 4) / f"{case.id}.npz") as file:
+            assert np.array_equal(file["planes"], expected)
+
+
+def _teacher_at(changed, out, step):
+    """The teacher's weights after `step` steps, from the checkpoint that a round begins with."""
+    kept = {}
+    save = trainer._Training._save
+
+    def saved(self, name):
+        save(self, name)
+        if self.done == step:
+            kept.update(checkpoint.read(self.out / f"{name}.ckpt")["teacher"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer._Training, "_save", saved)
+        trainer.train(changed, out)
+    return kept
+
+
+@pytest.mark.parametrize("when", ["labeling", "training"])
+def test_after_a_kill_it_ends_with_the_same_bits(data, sure, whole, tmp_path, monkeypatch, when):
+    """Stopped between two scans of a round, or in a step after it: the rest, and nothing twice."""
+    out = tmp_path / "r"
+
+    class Killed(BaseException):
+        pass
+
+    written = []
+    write = offline._write
+
+    def and_die(place, case, arrays):
+        if when == "labeling" and len(written) == 5:  # the second of the second round's
+            raise Killed
+        write(place, case, arrays)
+        written.append((place.name, case.id))
+
+    log = trainer._Training._log
+
+    def or_here(self, values):
+        if when == "training" and self.done == 10 and self.term.settings:
+            raise Killed
+        log(self, values)
+
+    monkeypatch.setattr(offline, "_write", and_die)
+    monkeypatch.setattr(trainer._Training, "_log", or_here)
+    with pytest.raises(Killed):
+        trainer.train(made(data, sure), out)
+    assert checkpoint.read(out / "last.ckpt")["step"] == (8 if when == "labeling" else 9)
+    monkeypatch.undo()
+    again = []
+    monkeypatch.setattr(
+        offline, "_write", lambda place, case, a: (write(place, case, a), again.append(case.id))
+    )
+    trainer.train(made(data, sure), out, resume=True)
+    scans = len(written) - 4 if when == "labeling" else 0
+    assert len(again) == (4 - scans if when == "labeling" else 0), "whole files are kept"
+    for network in ("student", "teacher"):
+        assert same(weights(out, network=network), weights(whole, network=network))
+    assert losses(out) == losses(whole)
+
+
+def test_labels_that_are_gone_stop_a_resumed_run(data, sure, tmp_path, monkeypatch):
+    out = tmp_path / "r"
+    step = trainer.Stepper.step
+
+    def stopped(self, number, batch):
+        if number == 7:
+            raise KeyboardInterrupt
+        return step(self, number, batch)
+
+    monkeypatch.setattr(trainer.Stepper, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(made(data, sure), out)
+    monkeypatch.undo()
+    damaged = next((out / "pseudo" / "step_000004").glob("*.npz"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(TrainingError, match=f"{damaged.name}: is missing or damaged"):
+        trainer.train(made(data, sure), out, resume=True)
+
+
+def test_a_file_of_another_teacher_is_changedagain(data, sure, tmp_path):
+    from semisam.engine.setup import build_term  # noqa: PLC0415
+    from semisam.engine.stepper import fabric_for  # noqa: PLC0415
+
+    changed = made(data, sure)
+    roles = make_split(find_cases(data), changed.data)
+    source = PatchSource(roles, Preprocessing(), changed.train, changed.data, 2)
+    source.pseudo = offline.PseudoLabels(2, soft=True)
+    network = checkpoint.network_of(changed, {"channels": 1, "num_classes": 2})
+    network.load_state_dict(torch.load(sure))
+
+    def times():
+        offline.label_scans(
+            *(changed, source, network, build_term(changed), tmp_path, 4), fabric=fabric_for(changed.train)
+        )
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npz")}
+
+    first = times()
+    assert first == times()
+    with torch.no_grad():
+        network.final.bias += 0.01
+    assert not set(first.items()) & set(times().items())
+
+
+@pytest.mark.parametrize("method", ["semisam-mean-teacher", "semisam-ua-mt"])
+def test_two_processes_are_one(data, sure, tmp_path, method):
+    """Labels are shared out and read by all; tolerances as in test_trainer.py's test of this name.
+
+    Weights differ by float32 sums in another order, and a label by a step of 1/255 where that tips it over.
+    """
+    changed = made(
+        data, sure, method__name=method, method__mc_passes=2, train__steps=8, term__refresh=2,
+        specialist__options={"channels": [4, 8], "dropout": 0.0},
+    )  # fmt: skip
+    trainer.train(changed, tmp_path / "one")
+    assert together(changed, tmp_path / "two") == [0, 0]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [float(row["semisam"]) > 0 for row in one] == [False] * 4 + [True] * 4
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "ce", "dice", "consistency", "semisam"):
+            assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-3, abs=1e-6), (a["step"], name)
+    names = [
+        sorted(p.name for p in (tmp_path / run / "pseudo" / "step_000006").iterdir())
+        for run in ("one", "two")
+    ]
+    assert names[0] == names[1]
+
+
+def test_from_another_run(data, sure, whole, tmp_path):
+    changed = made(data, sure, term__offline_start=None, term__offline_from=str(whole), term__refresh=0)
+    assert offline.start_of(changed) == 0
+    run = trainer.train(changed, tmp_path / "r").out
+    assert all(float(row["semisam"]) > 0 for row in losses(run))
+    assert json.loads((run / "run.json").read_text())["offline_from"]["sha256"]
+    wrong = write_phantoms(tmp_path / "two", labeled=4, unlabeled=3, test=0, shape=(20, 20, 20), classes=2)
+    with pytest.raises(TrainingError, match="expected a run with num_classes 3"):
+        trainer.train(
+            made(wrong, None, term__offline_start=None, term__offline_from=str(whole)), tmp_path / "w"
+        )
+
+
+def test_pictures_are_written(whole):
+    with np.load(sorted((whole / "samples").glob("*.npz"))[-1]) as file:
+        assert file["clicks"].shape == (0, 4)
+        assert file["target"].shape == (2, 16, 16, 16)
+
+
+def test_hard_targets_and_slices(tmp_path, rng):
+    import PIL.Image  # noqa: PLC0415
+
+    for folder in ("images", "masks"):
+        (tmp_path / "d" / folder).mkdir(parents=True)
+    for i in range(6):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[8:20, 8 + i : 22] = 1
+        picture = (100 * mask + 60 + 10 * rng.random((32, 32))).astype(np.uint8)
+        PIL.Image.fromarray(picture).save(tmp_path / "d" / "images" / f"{i}.png")
+        if i < 3:
+            PIL.Image.fromarray(mask * 255).save(tmp_path / "d" / "masks" / f"{i}.png")
+    options = {**OFFLINE["term__options"], "target": "hard", "tau_c": 0.5, "tau_u": 1.0}
+    changed = settings(
+        tmp_path / "d",
+        **{**OFFLINE, "term__options": options},
+        specialist__name="unet2d",
+        train__patch_size=[32, 32],
+        data__validation=0,
+        data__label_map={0: 0, 255: 1},
+    )
+    run = trainer.train(changed, tmp_path / "r").out
+    assert len(read_table(run / "log.csv")) == 12
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"term__offline_start": 0}, "term.offline_start: expected at least 1"),
+        ({"term__offline_start": 12}, r"term.offline_start: expected less than train.steps \(12\), got 12"),
+        ({"term__offline_from": "runs/x"}, "term.offline_start: expected 0 or nothing"),
+        ({"term__refresh": -1}, "term.refresh: expected at least 0"),
+    ],
+)
+def test_settings_that_cannot_work(data, sure, more, message):
+    with pytest.raises(config.ConfigError, match=message):
+        config.check(made(data, sure, **more))
+
+
+def test_the_example_is_a_configuration():
+    """What the evidence was made with, as far as the term goes."""
+    from pathlib import Path  # noqa: PLC0415
+
+    from benchmarks.evidence import SETTINGS  # noqa: PLC0415
+
+    made = config.load(Path(__file__).parents[1] / "examples" / "offline.yaml", [("train.steps", 250)])
+    config.check(made)
+    theirs = config.load(settings=list(SETTINGS.items()))
+    assert replace(made.term, gate_steps=80) == theirs.term
+    assert made.train.memory_format == theirs.train.memory_format
+
+
+def test_a_quick_check_labels_scans(data, tmp_path, capsys):
+    from pathlib import Path  # noqa: PLC0415
+
+    from semisam.cli import main  # noqa: PLC0415
+
+    example = str(Path(__file__).parents[1] / "examples" / "offline.yaml")
+    line = ["train", str(data), "--out", str(tmp_path / "r"), "--config", example, "--quick-check"]
+    line += ["--labeled", "2", "--patch", "16", "16", "16", "--device", "cpu"]
+    assert main([*line, "--set", "specialist.options={channels: [4, 8]}"]) == 0
+    assert "labeled as wholes" in "".join(capsys.readouterr())
+
+
+@pytest.mark.data
+def test_real_scans(tmp_path):
+    """Two classes, odd shapes, a prior of two scans."""
+    root = data_dir("hippocampus")
+    ids = [case.id for case in find_cases(root).cases]
+    changed = settings(
+        root,
+        **{**OFFLINE, "term__gate": True, "term__offline_start": 2, "train__steps": 4, "term__refresh": 0},
+        term__position_prior=1.0,
+        data__labeled=ids[:2],
+        data__unlabeled=ids[2:4],
+        data__validation=[],
+        data__test=[],
+        train__patch_size=[32, 32, 32],
+    )
+    run = trainer.train(changed, tmp_path / "r").out
+    for name in ids[2:4]:
+        with np.load(run / "pseudo" / "step_000002" / f"{name}.npz") as file:
+            assert file["planes"].shape[0] == 4  # two foreground classes, weight, uncertainty
+
+
+def test_workers_are_started_again_with_every_round(data, sure, whole, tmp_path):
+    """What they fetched ahead has the labels of the round before, and is thrown away."""
+    run = trainer.train(made(data, sure, data__workers=2), tmp_path / "r").out
+    assert same(weights(run), weights(whole))
+    assert losses(run) == losses(whole)
