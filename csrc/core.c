@@ -226,6 +226,14 @@ static void print_set(uint32_t set, char *text, size_t room) {
     }
 }
 
+static void print_device(int32_t device, int32_t index, char *text, size_t room) {
+    if (device == SS_CPU) {
+        snprintf(text, room, "cpu");
+    } else {
+        snprintf(text, room, "cuda:%d", (int)index);
+    }
+}
+
 static void print_shape(const int64_t *shape, int32_t ndim, char *text, size_t room) {
     size_t used = (size_t)snprintf(text, room, "(");
     for (int32_t d = 0; d < ndim && used + 24 < room; ++d) {
@@ -349,9 +357,10 @@ static ss_status check_tensor(check *c, const char *label, ss_tensor *t, const s
     }
     if (t->device != c->x->device ||
         (t->device != SS_CPU && t->device_index != c->x->device_index)) {
-        return refuse(c, SS_INVALID, label, "expected a tensor on device %d:%d, got %d:%d",
-                      (int)c->x->device, (int)c->x->device_index, (int)t->device,
-                      (int)t->device_index);
+        char got[32];
+        print_device(c->x->device, c->x->device_index, text, sizeof text);
+        print_device(t->device, t->device_index, got, sizeof got);
+        return refuse(c, SS_INVALID, label, "expected a tensor on %s, got one on %s", text, got);
     }
     int64_t n = ss_count(t);
     if (n < 0 || n > INT64_MAX / 8) {

@@ -386,6 +386,7 @@ def agreement(label: Any, target: Any, num_classes: int, *, ignore_index: int = 
             f"agreement(): target: expected the label's shape {tuple(label.shape)}, or masks with "
             f"{num_classes - 1} channels behind the batch, got {tuple(target.shape)}"
         )
+    ops.one_device("agreement", label=label, target=target)
     total: Any = 0.0
     count: Any = 0
     for c in range(1, num_classes):
@@ -443,6 +444,7 @@ def join_classes(logits: Sequence[Any]) -> Any:
             )
         if ops.is_torch(z) != ops.is_torch(first):
             raise TypeError("join_classes(): expected all NumPy arrays or all torch tensors, got a mixture")
+    ops.one_device("join_classes", **{f"logits[{i}]": z for i, z in enumerate(logits)})
     xp: Any = sys.modules["torch"] if ops.is_torch(first) else np
     skipped = xp.full_like(first, -10.0)
     return xp.concatenate([xp.zeros_like(first), *(skipped if z is None else z for z in logits)], 1)
@@ -473,6 +475,7 @@ def _sources(function: str, sources: Any, argument: str = "sources") -> list[Any
                 f"{function}(): {argument}[{i}]: expected shape "
                 f"{'(B, C, *spatial)' if i == 0 else tuple(maps[0].shape)}, got {tuple(p.shape)}"
             )
+    ops.one_device(function, **{f"{argument}[{i}]": p for i, p in enumerate(maps)})
     return maps
 
 

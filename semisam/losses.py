@@ -276,6 +276,11 @@ class _Plan:
             raise TypeError(
                 f"voxel_loss(): {label}: expected a {name} as the logits are, got {type(array).__name__}"
             )
+        if array.device != self.logits.device:
+            raise ValueError(
+                f"voxel_loss(): {label}: expected a tensor on {self.logits.device}, where the logits are, "
+                f"got one on {array.device}"
+            )
 
     def reduced(self, values: Any) -> Any:
         """Return the weighted sum of the terms, or the tuple of their values."""
@@ -287,7 +292,9 @@ class _Plan:
             return tuple(self._none(i, values[i]).astype(dtype) for i in range(len(self.terms)))
         dtype = torch.float64 if self.logits.dtype == torch.float64 else torch.float32
         if self.sum:
-            summands = values.sum((1, 2)) * values.new_tensor([t.scale for t in self.terms])
+            # Filled where they are needed: a copy from the host would make it wait for a GPU.
+            scales = torch.stack([values.new_full((), t.scale) for t in self.terms])
+            summands = values.sum((1, 2)) * scales
             return (summands if self.reduction == "terms" else summands.sum()).to(dtype)
         return tuple(self._none(i, values[i]).to(dtype) for i in range(len(self.terms)))
 
@@ -507,7 +514,7 @@ def cross_entropy(
     y = _labels_or_distribution(name, input, target)
     how = "voxel" if reduction == "mean" else "sum"
     weights = _class_weights(name, weight, input.shape[1])
-    m = _fixed(name, "voxel_weight", voxel_weight)
+    m = _fixed(name, "voxel_weight", voxel_weight, input)
     return voxel_loss(
         input, [Term("ce", y, m, None, 1.0, weights, ignore_index, label_smoothing, reduction=how)]
     )
@@ -581,7 +588,7 @@ def entropy_loss(input: Any, *, voxel_weight: Any = None, reduction: str = "mean
     name = "entropy_loss"
     _check_choice(name, "reduction", reduction, ("mean", "sample", "sum"))
     _check_channels(name, input, True, False, True)
-    m = _fixed(name, "voxel_weight", voxel_weight)
+    m = _fixed(name, "voxel_weight", voxel_weight, input)
     how = "voxel" if reduction == "mean" else reduction
     return voxel_loss(input, [Term("entropy", weight=m, reduction=how)])
 
@@ -623,7 +630,7 @@ def uncertainty_weighted_loss(
     _check_choice(name, "loss", loss, ("mse", "ce", "ce_dice"))
     _check_channels(name, input, True, False, True)
     y = _labels_or_distribution(name, input, target)
-    m = _fixed(name, "voxel_weight", voxel_weight)
+    m = _fixed(name, "voxel_weight", voxel_weight, input)
     kind = "mse" if loss == "mse" else "ce"
     terms = [Term(kind, y, m, ignore_index=ignore_index, reduction="sample", min_weight=min_weight)]
     if loss == "ce_dice":
@@ -669,7 +676,7 @@ def cross_pseudo_label_loss(
             f"{name}(): target: expected labels {(input.shape[0], *input.shape[2:])}, got {tuple(y.shape)}; "
             "take the argmax over the classes"
         )
-    m = _fixed(name, "voxel_weight", voxel_weight)
+    m = _fixed(name, "voxel_weight", voxel_weight, input)
     dice = Term(
         *("dice", y, m),
         ignore_index=ignore_index,
@@ -759,7 +766,7 @@ def ssl_objective(
     terms = [term for term, factor in zip(terms, (lambda_ce, lambda_dice), strict=True) if factor]
     if pseudo is not None and lambda_pseudo:
         q = _labels_or_distribution(name, input, pseudo, (first, b), "pseudo")
-        m = _fixed(name, "voxel_weight", voxel_weight)
+        m = _fixed(name, "voxel_weight", voxel_weight, input)
         terms.append(
             Term(
                 *(loss, q, m, (first, b), lambda_pseudo),
@@ -869,8 +876,14 @@ def _activated(name: str, input: Any, sigmoid: bool, softmax: bool, other_act: A
     return input, "sigmoid" if sigmoid else "softmax" if softmax else "none"
 
 
-def _fixed(name: str, argument: str, array: Any) -> Any:
-    """Refuse an array that wants a gradient: it would silently get none."""
+def _fixed(name: str, argument: str, array: Any, input: Any) -> Any:
+    """Refuse an array that wants a gradient (it would silently get none) or is not where the input is."""
+    both = isinstance(array, torch.Tensor) and isinstance(input, torch.Tensor)
+    if both and array.device != input.device:
+        raise ValueError(
+            f"{name}(): {argument}: expected a tensor on {input.device}, where input is, "
+            f"got one on {array.device}"
+        )
     if getattr(array, "requires_grad", False):
         raise ValueError(
             f"{name}(): {argument}: expected a tensor without gradient, got one that requires it: detach it"
@@ -902,7 +915,7 @@ def _indices(name: str, argument: str, target: Any) -> Any:
 def _labels_or_distribution(
     name: str, input: Any, target: Any, samples: tuple[int, int] | None = None, argument: str = "target"
 ) -> Any:
-    _fixed(name, argument, target)
+    _fixed(name, argument, target, input)
     first, last = samples or (0, input.shape[0])
     space = tuple(input.shape[2:])
     b, c = last - first, input.shape[1]
@@ -918,8 +931,8 @@ def _target(
     name: str, input: Any, target: Any, to_onehot_y: bool, ignore_index: int | None, voxel_weight: Any
 ) -> tuple[Any, Any, int | None]:
     """Return target, voxel weights and ignored label as a Term wants them, from MONAI's conventions."""
-    _fixed(name, "target", target)
-    m = _fixed(name, "voxel_weight", voxel_weight)
+    _fixed(name, "target", target, input)
+    m = _fixed(name, "voxel_weight", voxel_weight, input)
     b, c, *space = input.shape
     shape = tuple(target.shape)
     if to_onehot_y and c > 1:
@@ -1033,7 +1046,11 @@ def _l1_dice(prob: Any, term: Term, activation: str) -> Any:
     overlap = (whole - (m * (p - q).abs()).sum(axes)) / 2
     below = 2 * (whole - overlap) if term.jaccard else whole
     f = (1 - (2 * overlap + term.smooth_nr) / (below + term.smooth_dr)).reshape(-1, c - first)
-    return f if term.class_weight is None else f * f.new_tensor(term.class_weight[first:])
+    return (
+        f
+        if term.class_weight is None
+        else f * torch.stack([f.new_full((), w) for w in term.class_weight[first:]])
+    )
 
 
 def _one_hot(y: Any, m: Any, channels: int, ignore_index: int | None) -> tuple[Any, Any]:
@@ -1097,7 +1114,7 @@ def _distance(
         if tuple(q.shape) != tuple(input.shape):
             raise ValueError(f"{name}(): target: expected logits {tuple(input.shape)}, got {tuple(q.shape)}")
         q = _softmax(q)
-    m = _fixed(name, "voxel_weight", voxel_weight)
+    m = _fixed(name, "voxel_weight", voxel_weight, input)
     how = "element" if reduction == "mean" else reduction
     return voxel_loss(input, [Term(kind, q, m, reduction=how)])
 

@@ -87,8 +87,8 @@ class _Pair(NamedTuple):
         return tuple(self.ref.shape[5 - self.dims :])
 
     def like(self, value: Float) -> Any:
-        """Return `value` as the caller's kind of array."""
-        return sys.modules["torch"].from_numpy(value) if ops.is_torch(self.ref) else value
+        """Return `value` as the caller's kind of array, where the reference is."""
+        return sys.modules["torch"].from_numpy(value).to(self.ref.device) if ops.is_torch(self.ref) else value
 
 
 def _pair(
@@ -106,6 +106,7 @@ def _pair(
         raise ValueError(
             f"{function}(): y: expected y_pred's shape {tuple(y_pred.shape)}, got {tuple(y.shape)}"
         )
+    ops.one_device(function, y_pred=y_pred, y=y)
     shape = tuple(y.shape)
     labels = num_classes is not None
     if num_classes is None:
@@ -224,7 +225,12 @@ def _percentile(function: str, percentile: float | None) -> float:
 
 
 def _numpy(a: Any) -> Any:
-    return a.cpu().numpy() if ops.is_torch(a) else a
+    if not ops.is_torch(a):
+        return a
+    found = a.cpu().numpy()
+    if a.device.type != "cpu":
+        ops.refuse_faults()  # labels that are no class, which the CPU has refused by now
+    return found
 
 
 def _counts(p: _Pair) -> NDArray[np.int64]:

@@ -25,7 +25,16 @@ from semisam import _core
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SCHEMA", "Arg", "call", "faults", "get_num_threads", "set_num_threads"]
+__all__ = [
+    "SCHEMA",
+    "Arg",
+    "call",
+    "faults",
+    "get_num_threads",
+    "one_device",
+    "refuse_faults",
+    "set_num_threads",
+]
 
 
 class Arg(NamedTuple):
@@ -101,6 +110,28 @@ def is_torch(array: Any) -> bool:
     """Tell whether `array` is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, getattr(torch, "Tensor", ()))
+
+
+def one_device(function: str, **arrays: Any) -> None:
+    """Refuse torch tensors that are on different devices: the first one's is the one that is expected.
+
+    >>> import torch
+    >>> from semisam import ops
+    >>> ops.one_device("f", prob=torch.zeros(2), mask=torch.zeros(2, device="meta"))
+    Traceback (most recent call last):
+    ValueError: f(): mask: expected a tensor on cpu, where prob is, got one on meta
+    """
+    first, home = "", None
+    for name, array in arrays.items():
+        if not is_torch(array):
+            continue
+        if home is None:
+            first, home = name, array.device
+        elif array.device != home:
+            raise ValueError(
+                f"{function}(): {name}: expected a tensor on {home}, where {first} is, "
+                f"got one on {array.device}"
+            )
 
 
 def call(op: str, *args: Any) -> Any:
@@ -239,6 +270,24 @@ def faults() -> dict[str, int]:
                 found[op] = found.get(op, 0) + n
         counters.zero_()
     return found
+
+
+def refuse_faults() -> None:
+    """Raise ValueError if CUDA operators have met faulty values since the last look; see `faults`.
+
+    For places where the host waits for the devices anyway. The CPU refuses such values at once and by
+    their value.
+
+    >>> from semisam import ops
+    >>> ops.refuse_faults()
+    """
+    found = faults()
+    if found:
+        counts = "; ".join(f"{op}(): {n} left out" for op, n in found.items())
+        raise ValueError(
+            f"{counts}: expected labels that are classes or ignored, got others in an earlier call on a GPU "
+            "(on the CPU the same call says which)"
+        )
 
 
 # ---- shapes and dtypes of outputs ---------------------------------------------------------------
@@ -397,7 +446,7 @@ def _torch_kernel(op: str, torch: Any) -> Any:
 
     def kernel(*args: Any) -> Any:
         inputs = [contiguous(a) for a in args]
-        device = _device(inputs, torch)
+        device = _device(op, inputs, torch)
         outputs = []
         for shape, dtype in output_specs(op, inputs):
             outputs.append(empty(shape, dtypes[dtype], device))
@@ -427,7 +476,7 @@ def _torch_fake(op: str, torch: Any) -> Any:
     dtypes = _torch_dtypes(torch)
 
     def fake(*args: Any) -> Any:
-        device = _device(args, torch)
+        device = _device(op, args, torch)
         outputs = [
             torch.empty(shape, dtype=dtypes[dtype], device=device) for shape, dtype in output_specs(op, args)
         ]
@@ -436,11 +485,17 @@ def _torch_fake(op: str, torch: Any) -> Any:
     return fake
 
 
-def _device(args: Sequence[Any], torch: Any) -> Any:
-    for a in args:
-        for v in _tensors(a, torch.Tensor):
-            return v.device
-    return torch.device("cpu")
+def _device(op: str, args: Sequence[Any], torch: Any) -> Any:
+    """Return where all of an operator's tensors are."""
+    home = None
+    for (name, kind, _), a in zip(_GIVEN[op], args, strict=True):
+        for i, v in enumerate(_tensors(a, torch.Tensor)):
+            if home is None:
+                home = v.device
+            elif v.device != home:
+                label = f"{name}[{i}]" if kind == "list" else name
+                raise ValueError(f"{op}(): {label}: expected a tensor on {home}, got one on {v.device}")
+    return torch.device("cpu") if home is None else home
 
 
 # ---- gradients ----------------------------------------------------------------------------------

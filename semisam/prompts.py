@@ -175,6 +175,7 @@ def next_click(
             )
     if skip is not None and tuple(skip.shape) != shape[:2]:
         raise ValueError(f"next_click(): skip: expected shape {shape[:2]}, got {tuple(skip.shape)}")
+    ops.one_device("next_click", target=target, current=current, region=region, skip=skip)
     counter = click_counter(
         iteration=iteration, sample_ids=sample_ids, round=round, clicks=clicks, classes=classes, like=target
     )
@@ -331,6 +332,7 @@ class PromptBatch:
                 f"PromptBatch(): mask_logits: expected [{p[0]}, {p[1]}, *size] with {ndim} spatial "
                 f"dimensions, got shape {tuple(m.shape)}"
             )
+        ops.one_device("PromptBatch", points=self.points, labels=self.labels, boxes=self.boxes, mask_logits=m)
         # Values are looked at where that costs nothing; on a GPU it would make the host wait.
         on_torch = ops.is_torch(self.labels)
         if not on_torch or self.labels.device.type == "cpu":
@@ -374,6 +376,7 @@ class PromptBatch:
             raise ValueError(f"append(): points: expected shape {expected}, got {tuple(points.shape)}")
         if tuple(labels.shape) != expected[:2]:
             raise ValueError(f"append(): labels: expected shape {expected[:2]}, got {tuple(labels.shape)}")
+        ops.one_device("append", batch=self.points, points=points, labels=labels, mask_logits=mask_logits)
         points, labels = points[:, :, None], labels[:, :, None]
         if click_memory == "all" and self.points.shape[2]:
             points = _join([self.points, points], 2)
@@ -651,7 +654,10 @@ def _array(values: Any, like: Any) -> Any:
     """`values` as the kind of array that `like` is, on its device."""
     if not ops.is_torch(like):
         return values
-    return importlib.import_module("torch").from_numpy(np.ascontiguousarray(values)).to(like.device)
+    tensor = importlib.import_module("torch").from_numpy(np.ascontiguousarray(values))
+    if like.device.type == "cuda":
+        tensor = tensor.pin_memory()  # from other memory the host would wait for the copy
+    return tensor.to(like.device, non_blocking=True)
 
 
 def _join(arrays: Sequence[Any], axis: int) -> Any:

@@ -88,6 +88,7 @@ def random_walker(
             f"random_walker(): prior: expected the shape of seeds {tuple(seeds.shape)}, "
             f"got {tuple(prior.shape)}"
         )
+    ops.one_device("random_walker", image=image, seeds=seeds, prior=prior)
     h = _spacing("random_walker", spacing, n)
     full = (1,) * (3 - n) + space
     classes = math.prod(lead[len(image.shape) - n :])
@@ -192,6 +193,7 @@ def geodesic(
     space = _space("geodesic", image, spatial_dims)
     n = len(space)
     lead = _lead("geodesic", "mask", mask, image, space)
+    ops.one_device("geodesic", image=image, mask=mask)
     full = (1,) * (3 - n) + space
     distance = ops.call(
         "geodesic",

@@ -41,7 +41,7 @@ static void test_dtype_and_device(void) {
     a = good();
     a.prob.device = SS_CUDA;
     a.prob.device_index = 3;
-    expect(a, SS_INVALID, "mask_logits(): prob: expected a tensor on device 1:0, got 2:3");
+    expect(a, SS_INVALID, "mask_logits(): prob: expected a tensor on cpu, got one on cuda:3");
     ss_exec x = ss_exec_cpu(1);
     x.device = SS_CUDA;
     a = good();
