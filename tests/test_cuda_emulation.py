@@ -131,6 +131,183 @@ def test_random_walker_is_as_far_from_the_solution_as_on_the_cpu(library):
     assert ours < 1.5 * cpu + 1e-6
 
 
+# ---- voxel losses: any sum of terms --------------------------------------------------------------
+
+
+def random_loss(seed: int):
+    """Inputs of `voxel_loss_forward`: terms, samples, dtypes and sizes at random."""
+    r = np.random.default_rng(seed)
+    activation = int(r.choice([0, 0, 0, 1, 2]))
+    c = int(r.choice([2, 2, 2, 3, 4, 5, 16, 17, 33] if activation == 0 else [1, 2, 3]))
+    b, s = int(r.integers(1, 4)), int(r.choice([1, 7, 64, 1000, 1024, 1500, 4096, 5000]))
+    s = min(s, 1500 if c > 5 else s)
+    logits = torch.from_numpy(r.random((b, c, s)) if activation == 2 else 3 * r.standard_normal((b, c, s)))
+    logits = logits.to(r.choice([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+    targets, weights, params = [], [], []
+    terms = int(r.integers(1, 6))
+    kinds = ((0, 1, 2, 3, 4), (0, 1, 2), (1, 2))[activation]
+    for _ in range(terms):
+        kind = int(r.choice(kinds))
+        first = int(r.integers(0, b))
+        last = b if r.random() < 0.7 else int(r.integers(first + 1, b + 1))
+        again = [k for k, (_, *samples) in enumerate(targets) if samples == [first, last]]
+        target, weight = -1.0, -1.0
+        if kind != 4:
+            if again and r.random() < 0.5:
+                target = float(r.choice(again))
+            else:
+                if r.random() < 0.6:
+                    q = torch.from_numpy(r.integers(0, max(c, 2), (last - first, s)))
+                    q[r.random(q.shape) < 0.1] = 255 if r.random() < 0.7 else 0
+                    q = q.to(r.choice([torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16]))
+                else:
+                    q = torch.from_numpy(r.random((last - first, c, s)))
+                    q = q / q.sum(1, keepdim=True) if activation == 0 else q
+                    q[:, 0, ::3] = 0
+                    q = q.to(r.choice([torch.float16, torch.float32, torch.float64]))
+                target = float(len(targets))
+                targets.append((q, first, last))
+        if r.random() < 0.5:
+            w = torch.from_numpy(r.random((last - first, s)) * (r.random((last - first, s)) > 0.2))
+            weight = float(len(weights))
+            weights.append(w.to(r.choice([torch.float16, torch.float32, torch.float64])))
+            if r.random() < 0.2:
+                weights[-1] = weights[-1] > 0.5
+        smooth = float(r.choice([0, 0, 0.1])) if kind == 0 and activation == 0 else 0.0
+        flags = [float(v) for v in r.integers(0, 2, 4)]  # background, squared, batch, jaccard
+        row = [float(kind), target, weight, float(first), float(last), 1.0, 255.0, smooth, *flags]
+        row += [float(r.choice([0, 1e-5, 1])), float(r.choice([1e-5, 1]))]
+        row += [float(r.integers(0, 4)), 1e-3, float(r.integers(0, 2))]
+        weighted = r.random() < 0.4 and (kind == 1 or activation == 0)
+        params += row + (r.choice([0.0, 0.5, 1.0, 2.0], c) if weighted else np.ones(c)).tolist()
+    return [logits, [t for t, *_ in targets], weights, params, activation, terms]
+
+
+def worst_difference(seed: int) -> float:
+    """Between emulated kernel and CPU, forward and backward, relative to the largest value of an output."""
+    inputs = random_loss(seed)
+    case = Case("voxel_loss_forward", f"seed {seed}", lambda r: inputs)
+    values, stats = emulated(case, inputs)
+    cpu = run(case, inputs)
+    assert torch.equal(values == 0, cpu[0] == 0), f"seed {seed}: zeros"
+    back = Case("voxel_loss_backward", f"seed {seed}", lambda r: inputs)
+    grad = torch.from_numpy(np.random.default_rng(seed).standard_normal(values.shape))
+    given = [*inputs[:4], cpu[1], grad, *inputs[4:]]
+    pairs = [(values, cpu[0]), (stats, cpu[1]), (emulated(back, given)[0], run(back, given)[0])]
+    eps = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}.get(inputs[0].dtype, 0.0)
+    worst = 0.0
+    for ours, theirs in pairs:
+        scale = float(theirs.double().abs().max()) + 1e-30
+        excess = (ours.double() - theirs.double()).abs() - 2 * eps * theirs.double().abs() * (
+            theirs is pairs[2][1]
+        )
+        tiny = 2.0**-24 if inputs[0].dtype == torch.float16 and theirs is pairs[2][1] else 0.0
+        worst = max(worst, (float(excess.max()) - tiny) / scale)
+    return worst
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_voxel_loss_of_any_terms_is_the_cpus(seed, library):
+    """Both are within a few eps of p and sum floats of up to 1024 voxels before doubles: 1e-5 is ample for
+    sums, and a gradient h - p sum h loses at most the digits that h has above it."""
+    needs("voxel_loss_forward")
+    dtype = random_loss(seed)[0].dtype
+    assert worst_difference(seed) < (1e-11 if dtype == torch.float64 else 1e-5)
+
+
+def _plain_term(kind, target, weight, samples, channels):
+    row = [kind, target, weight, 0, samples, 1, 255, 0, 1, 1, 1, 0, 1e-5, 1e-5, 0, 1e-3, 1]
+    return [float(v) for v in row] + [1.0] * channels
+
+
+def test_faulty_labels_and_weights_count_as_weight_0(library):
+    needs("voxel_loss_forward")
+    r = np.random.default_rng(5)
+    for c in (2, 3, 20):
+        z = r.standard_normal((2, c, 3000)).astype(np.float32)
+        y = r.integers(0, c, (2, 3000)).astype(np.int32)
+        w = r.random((2, 3000)).astype(np.float32)
+        bad_y, bad_w = y.copy(), w.copy()
+        bad_y[0, :7], bad_y[1, 2990:], bad_w[1, 5:9] = c, -3, -1.0
+        y[0, :7], y[1, 2990:], w[1, 5:9] = 255, 255, 0.0
+        params = _plain_term(0, 0, 0, 2, c) + _plain_term(1, 0, 0, 2, c)
+        found = []
+        for labels, weight, expected in ((y, w, 0), (bad_y, bad_w, 7 + 10 + 4)):
+            out = [np.empty((2, 2, c)), np.empty((2, 2, c, 4)), np.empty_like(z)]
+            faults = np.zeros(len(ops.SCHEMA), np.int64)
+            given = [z, [labels], [weight], params]
+            _core.voxel_loss_forward(*given, 0, 2, *out[:2], 0, "emulated", ops._host_workspace, faults)
+            assert faults.sum() == faults[list(ops.SCHEMA).index("voxel_loss_forward")] == expected
+            grad = np.ones((2, 2, c))
+            _core.voxel_loss_backward(
+                *given, out[1], grad, 0, 2, out[2], 0, "emulated", ops._host_workspace, faults
+            )
+            assert faults.sum() == expected, "backward must not count again"
+            found.append([o.tobytes() for o in out])
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("channels", [2, 3, 20])
+def test_voxel_loss_of_logits_that_are_not_finite_is_the_cpus(bad, channels, library):
+    needs("voxel_loss_forward")
+    r = np.random.default_rng(2)
+    z = r.standard_normal((2, channels, 500)).astype(np.float32)
+    z[1, 1, 77] = bad
+    y, q = r.integers(0, channels, (2, 500)).astype(np.uint8), np.full_like(z, 1 / channels)
+    for kind in range(5):
+        params = _plain_term(kind, -1 if kind == 4 else 0, -1, 2, channels)
+        target = q if kind in (2, 3) else y
+        both = []
+        for where in ((0,), (0, "emulated", ops._host_workspace)):
+            out = [np.empty((1, 2, channels)), np.empty((1, 2, channels, 4)), np.empty_like(z)]
+            _core.voxel_loss_forward(z, [target], [], params, 0, 1, *out[:2], *where)
+            grad = np.ones((1, 2, channels))
+            _core.voxel_loss_backward(z, [target], [], params, out[1], grad, 0, 1, out[2], *where)
+            both.append(out)
+        for cpu, ours in zip(*both, strict=True):
+            np.testing.assert_allclose(ours, cpu, rtol=1e-4, atol=1e-6)
+
+
+def test_voxel_loss_with_more_class_weights_than_a_launch_takes(library):
+    needs("voxel_loss_forward")
+    r = np.random.default_rng(3)
+    c, terms = 130, 5  # 650 numbers: two launches
+    z, y = r.standard_normal((1, c, 40)), r.integers(0, c, (1, 40)).astype(np.int64)
+    params = []
+    for _ in range(terms):
+        params += _plain_term(0, 0, -1, 1, c)[:-c] + r.random(c).tolist()
+    inputs = [torch.from_numpy(z), [torch.from_numpy(y)], [], params, 0, terms]
+    case = Case("voxel_loss_forward", "many", lambda rng: inputs)
+    for ours, cpu in zip(emulated(case, inputs), run(case, inputs), strict=True):
+        torch.testing.assert_close(ours, cpu, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({0: 5.0}, "params: term 0: expected a kind of 0 to 4, got 5"),
+        ({1: 1.0}, "params: term 0: expected the index of a target"),
+        ({2: 0.0}, "params: term 0: expected the index of a weight, or -1"),
+        ({4: 3.0}, "params: term 0: expected samples of the batch"),
+        ({}, r"targets\[0\]: expected integer labels of 20 voxels"),
+        ({14: 4.0}, "params: term 0: expected a reduction of 0 to 3"),
+        ({17: None}, "params: expected 19 numbers for each of 1 terms, got 18"),
+    ],
+)
+def test_voxel_loss_refuses_what_the_cpu_refuses(change, sentence, library):
+    needs("voxel_loss_forward")
+    params = _plain_term(0, 0, -1, 2, 2)
+    for i, v in change.items():
+        params[i : i + 1] = [] if v is None else [v]
+    out = np.empty((1, 2, 2)), np.empty((1, 2, 2, 4))
+    for where in ((0,), (0, "emulated", ops._host_workspace)):
+        with pytest.raises(ValueError, match=sentence):
+            _core.voxel_loss_forward(
+                np.zeros((2, 2, 10)), [np.zeros((3, 10), np.uint8)], [], params, 0, 1, *out, *where
+            )
+
+
 # ---- workspace, faults and libraries, at the border of the core ----------------------------------
 
 
