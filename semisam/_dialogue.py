@@ -61,6 +61,7 @@ class Slot:
     generalist: Any
     mode: str
     number: int
+    cache: Any = None  # of encoder outputs: semisam.generalists.cache.EncoderCache
 
     def check(self, space: tuple[int, ...], classes: int) -> None:
         """Raise ValueError for images and numbers of foreground classes that the generalist cannot take."""
@@ -84,6 +85,11 @@ class Slot:
             spec.slice_axis if dims == 3 and 3 not in spec.spatial_dims and 2 in spec.spatial_dims else None
         )
 
+    def _encode(self, request: Request) -> Any:
+        if self.cache is not None:
+            return self.cache.encode(self.generalist, request.images, spacing=request.spacing)
+        return self.generalist.encode(request.images, spacing=request.spacing)
+
     def ask(self, request: Request, settings: Mapping[str, Any], *, whole: bool = True) -> Answers:
         """All rounds; a row that has converged or failed keeps its last answer and is not asked again.
 
@@ -99,7 +105,7 @@ class Slot:
             nothing = prompts.PromptBatch.empty(len(target), target.shape[1], target.shape[2:], target)
             return Answers([], [0] * len(skip), nothing)
         began = time.perf_counter()
-        state = self.generalist.encode(request.images, spacing=request.spacing)
+        state = self._encode(request)
         seconds = time.perf_counter() - began
         dialogue = _Dialogue(self, request, settings, state)
         answer = low = None

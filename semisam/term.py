@@ -154,6 +154,9 @@ class SemiSAMTerm:
     the training; `sam_every`: other steps give exactly 0. A generalist that takes more than `budget` seconds
     in a step (None: any time) is told of, and listed in `diagnostics["slow"]`.
 
+    `cache`: an `EncoderCache` (`semisam.generalists.cache`) for images that come again, such as whole scans
+    in several rounds; `diagnostics` then counts "cache_hits" and "cache_misses" of images.
+
     An answer that is not finite, of another shape, or the same number in every voxel says nothing: that
     source is left out for these samples, with a RuntimeWarning (at the 1st, 10th, 100th, ... time). The
     rows are counted in `diagnostics["failed_rows"]`; a source without any usable answer is in "dropped" with
@@ -215,16 +218,17 @@ class SemiSAMTerm:
         sam_every: int = 1,
         budget: float | None = None,
         seed: int = 0,
+        cache: Any = None,
     ) -> None:
         """Build the generalists and settle every number; `settings` has the result."""
-        given = {
-            name: value for name, value in locals().items() if name not in ("self", "generalist", "mode")
-        }
+        apart = ("self", "generalist", "mode", "cache")
+        given = {name: value for name, value in locals().items() if name not in apart}
         _choice("preset", preset, tuple(PRESETS))
         self.settings: dict[str, Any] = {
             name: PRESETS[preset].get(name) if value is None else value for name, value in given.items()
         }
-        self._slots = _slots(generalist, mode or PRESETS[preset]["mode"])
+        self.cache = cache
+        self._slots = _slots(generalist, mode or PRESETS[preset]["mode"], cache)
         mapped = any(slot.mode in ("unc", "mixed") for slot in self._slots)
         if self.settings["lam_sam"] is None:
             self.settings["lam_sam"] = 0.1 if mapped else 0.5
@@ -408,11 +412,14 @@ class SemiSAMTerm:
         """Prompts, answers and fusion; None where nothing came of it."""
         began = time.perf_counter()
         request = self._request(images, prob, step, ids, spacing)
+        before = (0, 0) if self.cache is None else (self.cache.hits, self.cache.misses)
         answers = self._answers(request)
         made = self._fuse(request, answers, teacher=teacher)
         seconds = sum(a.seconds for a in answers.values())
         d = self.diagnostics
         d["called"] = True
+        if self.cache is not None:
+            d["cache_hits"], d["cache_misses"] = self.cache.hits - before[0], self.cache.misses - before[1]
         d["skipped_rows"] = int(request.targets.skip.sum())
         d["failed_rows"] = sum(n for a in answers.values() for n in a.failed.values())
         for name, a in answers.items():
@@ -652,7 +659,7 @@ class SemiSAMTerm:
 # ---- arguments ----------------------------------------------------------------------------------
 
 
-def _slots(given: Any, mode: str | Sequence[str] | None) -> list[Slot]:
+def _slots(given: Any, mode: str | Sequence[str] | None, cache: Any) -> list[Slot]:
     items = list(given) if isinstance(given, (list, tuple)) else [given]
     if not items:
         raise ValueError("SemiSAMTerm(): generalist: expected at least one, got none")
@@ -684,7 +691,7 @@ def _slots(given: Any, mode: str | Sequence[str] | None) -> list[Slot]:
         taken = [slot.name for slot in slots] + [MASK, LARGEST]
         while name in taken:
             name = f"{made.spec.name}-{len(slots) + 1}" if name == made.spec.name else f"{name}'"
-        slots.append(Slot(name, made, chosen, len(slots)))
+        slots.append(Slot(name, made, chosen, len(slots), cache))
     return slots
 
 
@@ -804,6 +811,8 @@ def _blank(gate: Gate, drops: dict[str, int]) -> dict[str, Any]:
         "reliability": dict(zip(gate.names, gate.reliability.scores.tolist(), strict=True)),
         "choice": dict(gate.choice),
         "solver": {},
+        "cache_hits": 0,
+        "cache_misses": 0,
         "ms_generalist": 0.0,
         "ms_rest": 0.0,
     }

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from semisam import ops, prompts, weights
 from semisam.fetch import Weights
 from semisam.generalists import sam_names
+from semisam.generalists.cache import WeightsHash
 from semisam.generalists.precision import autocast, check_precision
 from semisam.generalists.protocol import Decoded, GeneralistSpec
 from semisam.prompts import PromptBatch
@@ -150,6 +151,7 @@ class Sam:
         self.window = None if window is None else (float(window[0]), float(window[1]))
         self.multimask, self.precision = multimask, precision
         self.encode_batch, self.decode_batch = encode_batch, decode_batch
+        self._hash = WeightsHash()
         encoder = self.model.config.prompt_encoder_config
         self.side = _one_side(encoder.image_size)
         self.mask_side = 4 * (self.side // _one_side(encoder.patch_size))
@@ -180,7 +182,8 @@ class Sam:
         context, kind = autocast(self.precision, images.device)
         shape = (int(images.shape[2]), int(images.shape[3]))
         parts = []
-        for part in images.split(self.encode_batch):
+        # On the CPU one by one, which is as fast there and rounds alike in every batch.
+        for part in images.split(1 if images.device.type == "cpu" else self.encode_batch):
             pixels = self._pixels(part)
             with context:
                 maps = self.model.get_image_embeddings(pixels)
@@ -225,6 +228,32 @@ class Sam:
         square = (down @ prob.float().flatten(0, 1) @ across.T).clamp(0, 1)
         made: Tensor = prompts.mask_logits(square, side)
         return made.reshape(*prob.shape[:2], *side)
+
+    # ---- for caches
+
+    def fingerprint(self) -> str:
+        """Return what `encode` depends on besides the images, as text."""
+        about = (
+            self.side,
+            self.window,
+            self.precision,
+            self.keep_aspect,
+            self.resampling,
+            self.normalisation,
+        )
+        config = self.model.config.to_json_string()
+        return f"{type(self).__qualname__} {self._hash.of(self.model)} {about} {config}"
+
+    def pack(self, state: SquareState) -> list[tuple[Tensor, ...]]:
+        """Return the feature maps of each image."""
+        return list(zip(*(torch.split(maps, 1) for maps in state.features), strict=True))
+
+    def unpack(
+        self, samples: list[tuple[Tensor, ...]], images: Any, *, spacing: Sequence[float] | None = None
+    ) -> SquareState:
+        """Return the state of images from what `pack` gave of each."""
+        shape = (int(images.shape[2]), int(images.shape[3]))
+        return SquareState(tuple(torch.cat(maps) for maps in zip(*samples, strict=True)), shape)
 
     # ---- images and the square
 

@@ -72,6 +72,15 @@ class Generalist(Protocol):
     A model whose mask input does not lie in the patch's frame (padded, cropped or turned) has one method
     more, `mask_prompt(prob, state)`: probabilities [B, F, *S] to logits [B, F, *mask_size] of that input, for
     the images of `state`. Without it they are `semisam.prompts.mask_logits` of that size.
+
+    A model whose states can be kept for images that come again (`semisam.generalists.cache`) has three
+    methods more; one without them encodes every time:
+
+    - `fingerprint()`: text that changes with whatever decides what `encode` makes of given images: the
+      weights (`WeightsHash`) and settings;
+    - `pack(state)`: a list with the tensors of each sample of a state, as a tuple;
+    - `unpack(samples, images, *, spacing)`: the state of `images` from such tuples, one for each of them, on
+      the images' device. Nothing is written to these tensors, neither here nor in `decode`.
     """
 
     spec: GeneralistSpec

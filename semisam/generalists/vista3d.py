@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from semisam import ops, weights
 from semisam.fetch import Weights
 from semisam.generalists import licences
+from semisam.generalists.cache import WeightsHash
 from semisam.generalists.precision import autocast, check_precision
 from semisam.generalists.protocol import Decoded, GeneralistSpec
 from semisam.prompts import PromptBatch
@@ -137,6 +138,7 @@ class Vista3D:
             weights.load(network, Path(checkpoint), "Vista3D", name="checkpoint")
             licences.tell(self.spec)
         self.network = network.eval().requires_grad_(False)
+        self._hash = WeightsHash()
         self.classes = None if classes is None else tuple(int(c) for c in classes)
         self.special, self.precision, self.resample_mm = tuple(special), precision, resample_mm
         self.window = None if window is None else (float(window[0]), float(window[1]))
@@ -157,10 +159,7 @@ class Vista3D:
                 f"Vista3D.encode(): images: expected [B, channels, D, H, W], got shape {tuple(images.shape)}"
             )
         shape = tuple(images.shape[2:])
-        resampled = shape
-        if self.resample_mm is not None and spacing is not None:
-            sides = zip(shape, spacing, strict=True)
-            resampled = tuple(max(1, round(n * s / self.resample_mm)) for n, s in sides)
+        resampled = self._resampled(shape, spacing)
         grey = _resize(images.float().mean(1, keepdim=True), resampled)
         padding = [(-n) % f for n, f in zip(resampled, self.factor, strict=True)]
         grey = F.pad(self._scaled(grey), [n for extra in reversed(padding) for n in (0, extra)])
@@ -198,6 +197,29 @@ class Vista3D:
                 inside = made[:, :, :d, :h, :w]
                 logits[b, rows] = _resize(inside.float(), state.shape)[:, 0]
         return Decoded(logits, logits)
+
+    def fingerprint(self) -> str:
+        """Return what `encode` depends on besides the images, as text."""
+        about = (self.window, self.resample_mm, self.precision, self.factor)
+        return f"Vista3D {self._hash.of(self.network)} {about}"
+
+    def pack(self, state: FeatureState) -> list[tuple[Tensor, ...]]:
+        """Return the features of each image."""
+        return [(features,) for features in state.features]
+
+    def unpack(
+        self, samples: list[tuple[Tensor, ...]], images: Any, *, spacing: Sequence[float] | None = None
+    ) -> FeatureState:
+        """Return the state of images from what `pack` gave of each."""
+        shape = tuple(images.shape[2:])
+        return FeatureState([s[0] for s in samples], shape, self._resampled(shape, spacing))
+
+    def _resampled(self, shape: tuple[int, ...], spacing: Sequence[float] | None) -> tuple[int, ...]:
+        """The patch's shape on the network's spacing."""
+        if self.resample_mm is None or spacing is None:
+            return shape
+        sides = zip(shape, spacing, strict=True)
+        return tuple(max(1, round(n * s / self.resample_mm)) for n, s in sides)
 
     def _scaled(self, grey: Tensor) -> Tensor:
         """[B, 1, *S] to 0 .. 1."""
