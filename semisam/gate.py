@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate of the generalist's term (do no harm): who may teach, judged by labeled scans.
 
-Candidates are the prompt mask itself ("mask"), its largest components ("largest_component") and every
-generalist, by its name. `Gate` keeps their scores and says what each generalist contributes.
+Candidates are the prompt mask itself ("mask"), its largest components ("largest_component"), every
+generalist, by its name, and generalists together ("a + b"). `Gate` keeps their scores and says what each
+generalist contributes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +17,10 @@ import numpy as np
 from semisam import masks, ops
 from semisam.fusion import Reliability
 
-__all__ = ["LARGEST", "MASK", "Gate", "largest_components"]
+__all__ = ["LARGEST", "MASK", "Gate", "largest_components", "sets_of"]
 
 MASK, LARGEST = "mask", "largest_component"
+ALL_SETS = 4  # up to so many generalists every set of them is a candidate
 
 
 def largest_components(labels: Any, num_classes: int) -> Any:
@@ -38,13 +41,32 @@ def largest_components(labels: Any, num_classes: int) -> Any:
     return kept
 
 
+def sets_of(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the sets of two or more generalists that are candidates: "a + b" -> positions in `names`.
+
+    All sets of up to 4 generalists; of more, the pairs and all of them together.
+
+    >>> from semisam.gate import sets_of
+    >>> sets_of(["a", "b", "c"])
+    {'a + b': (0, 1), 'a + c': (0, 2), 'b + c': (1, 2), 'a + b + c': (0, 1, 2)}
+    >>> len(sets_of("abcdef")), sets_of(["alone"])
+    (16, {})
+    """
+    n = len(names)
+    sizes = range(2, n + 1) if n <= ALL_SETS else (2, n)
+    members = (m for size in sizes for m in itertools.combinations(range(n), size))
+    return {" + ".join(names[g] for g in m): m for m in members}
+
+
 class Gate:
     """Scores of all candidates, and from them what each generalist contributes to the term.
 
-    The candidate with the best mean Dice becomes the source of a generalist: its own output (its name),
-    `LARGEST`, or nothing (`MASK`: the prompt is better than what becomes of it). Whoever comes later in
-    this order must be strictly better: mask, largest component, generalist. Without any score every
-    generalist is used as it is. `reliability` holds one score per generalist, that of what it contributes.
+    The candidate with the best mean Dice is the source, and whoever comes later in this order must be
+    strictly better: mask, largest component, each generalist, sets of them. `choice` says it for every
+    generalist: its own output (its name) if it is the best or in the best set, `LARGEST`, or nothing
+    (`MASK`: the prompt alone, or others without it, are better). So several generalists are never worse on
+    the held-out scans than the best one. Without any score every generalist is used as it is. `reliability`
+    holds one score per generalist: its own if it teaches, else that of what was better.
 
     >>> from semisam.gate import Gate
     >>> gate = Gate(["random-walker"])
@@ -53,6 +75,10 @@ class Gate:
     >>> gate.start({"mask": [0.6], "largest_component": [0.7], "random-walker": [0.65]})
     >>> gate.choice, gate.reliability.scores.tolist()
     ({'random-walker': 'largest_component'}, [0.7])
+    >>> pair = Gate(["a", "b"])
+    >>> pair.start({"mask": [0.6], "largest_component": [0.7], "a": [0.8], "b": [0.75], "a + b": [0.78]})
+    >>> pair.best, pair.choice
+    ('a', {'a': 'a', 'b': 'mask'})
     """
 
     def __init__(self, names: Sequence[str], momentum: float = 0.9, start: float = 0.5) -> None:
@@ -60,6 +86,7 @@ class Gate:
         self.names = list(names)
         self.momentum = momentum
         self.scores: dict[str, list[float]] = {}  # Dice per foreground class
+        self.best: str | None = None
         self.choice = {name: name for name in self.names}
         self.reliability = Reliability(len(self.names), momentum, start)
 
@@ -68,7 +95,7 @@ class Gate:
         self.scores = {name: [float(v) for v in values] for name, values in scores.items()}
         self._decide()
         for g, name in enumerate(self.names):
-            self.reliability.scores[g] = float(np.mean(self.scores[self.choice[name]]))
+            self.reliability.scores[g] = self._worth(name, self.scores)
 
     def update(self, scores: Mapping[str, Sequence[float]], *, held_out: bool) -> None:
         """Let new scores in slowly: score <- momentum score + (1 - momentum) new.
@@ -87,21 +114,28 @@ class Gate:
                 self.scores[name] = [m * a + (1 - m) * float(b) for a, b in zip(old, new, strict=True)]
             self._decide()
         for g, name in enumerate(self.names):
-            self.reliability.update(g, float(np.mean(scores[self.choice[name]])))
+            self.reliability.update(g, self._worth(name, scores))
+
+    def _worth(self, name: str, scores: Mapping[str, Sequence[float]]) -> float:
+        return float(np.mean(scores[self.choice[name]]))
 
     def _decide(self) -> None:
         mean = {name: float(np.mean(values)) for name, values in self.scores.items()}
-        for name in self.names:
-            best = MASK
-            for candidate in (LARGEST, name):
-                best = candidate if mean[candidate] > mean[best] else best
-            self.choice[name] = best
+        sets = sets_of(self.names)
+        best = MASK
+        for candidate in (LARGEST, *self.names, *(name for name in sets if name in mean)):
+            best = candidate if mean[candidate] > mean[best] else best
+        self.best = best
+        teaching = {self.names[g] for g in sets[best]} if best in sets else {best}
+        other = LARGEST if best == LARGEST else MASK
+        self.choice = {name: name if name in teaching else other for name in self.names}
 
     def report(self) -> dict[str, Any]:
         """Return scores, choices and reliabilities as plain Python values."""
         return {
             "scores": {name: float(np.mean(values)) for name, values in self.scores.items()},
             "per_class": {name: list(values) for name, values in self.scores.items()},
+            "best": self.best,
             "choice": dict(self.choice),
             "reliability": dict(zip(self.names, self.reliability.scores.tolist(), strict=True)),
         }
@@ -111,6 +145,7 @@ class Gate:
         return {
             "names": list(self.names),
             "scores": {name: list(values) for name, values in self.scores.items()},
+            "best": self.best,
             "choice": dict(self.choice),
             "reliability": self.reliability.scores.tolist(),
         }
@@ -122,5 +157,6 @@ class Gate:
                 f"load_state_dict(): state: expected generalists {self.names}, got {list(state['names'])}"
             )
         self.scores = {name: [float(v) for v in values] for name, values in state["scores"].items()}
+        self.best = state.get("best")
         self.choice = dict(state["choice"])
         self.reliability.scores = np.array(state["reliability"], np.float64)

@@ -21,7 +21,7 @@ import torch
 
 from semisam import fusion, generalists, metrics, ops, prompts, schedules
 from semisam._dialogue import MODES, Answers, Request, Slot, joined, largest
-from semisam.gate import LARGEST, MASK, Gate, largest_components
+from semisam.gate import LARGEST, MASK, Gate, largest_components, sets_of
 from semisam.losses import uncertainty_weighted_loss
 
 __all__ = ["MODES", "PRESETS", "LastCall", "SemiSAMTerm"]
@@ -88,6 +88,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 _PIECE = 1 << 16  # voxels that are looked at together
+
+
+class _Judged(NamedTuple):
+    """What the candidates made of one labeled volume."""
+
+    dice: dict[str, Any]  # by candidate: per foreground class
+    means: list[Any]  # by generalist: mean of its rounds [1, C, *S], None without an answer
+    label: Any  # [1, *S]
 
 
 class LastCall(NamedTuple):
@@ -550,12 +558,13 @@ class SemiSAMTerm:
         Sequences of N labeled volumes (their shapes may differ) or arrays with a leading N: `images`
         [channels, *S], `probs` [C, *S] of a specialist that did not train on that volume, `labels` [*S]
         (255: ignored); `spacing` for all or a list, in mm. Candidates are the prompt mask (argmax of
-        `probs`), its largest component per class, and each generalist in the term's own mode; the score
-        is the Dice of whole volumes, mean over them and the foreground classes. See `semisam.gate.Gate`.
+        `probs`), its largest component per class, each generalist in the term's own mode, and sets of them,
+        fused as the term would; the score is the Dice of whole volumes, mean over them and the foreground
+        classes. See `semisam.gate.Gate`.
 
         Returns a dictionary of plain values: "scores" (candidate: mean Dice), "per_class" (candidate:
-        list), "choice" (generalist: candidate), "reliability" (generalist: score), "switched" (generalists
-        whose choice is another one than before), "volumes", "held_out". Raises ValueError for shapes that do
+        list), "best" (candidate), "choice" (generalist: candidate), "reliability" (generalist: score),
+        "switched" (generalists whose choice is another one than before), "volumes", "held_out". Raises ValueError for shapes that do
         not fit.
 
         >>> import torch
@@ -595,14 +604,13 @@ class SemiSAMTerm:
         several = isinstance(spacing, (list, tuple)) and len(spacing) == n
         each = several and all(v is None or hasattr(v, "__len__") for v in spacing)
         with torch.no_grad():
-            rows = [
+            judged = [
                 self._compare(images[i], probs[i], labels[i], spacing[i] if each else spacing, i)
                 for i in range(n)
             ]
-        per_class = {
-            name: torch.stack([torch.as_tensor(row[name]) for row in rows]).double().mean(0).tolist()
-            for name in rows[0]
-        }
+            per_class = _mean_of([one.dice for one in judged])
+            if held_out:
+                per_class |= self._together(judged, per_class)
         before = dict(self.gate.choice)
         if fresh:
             self.gate.start(per_class)
@@ -617,8 +625,26 @@ class SemiSAMTerm:
             "held_out": held_out,
         }
 
-    def _compare(self, image: Any, prob: Any, label: Any, spacing: Any, number: int) -> dict[str, Any]:
-        """Dice per foreground class of every candidate on one volume."""
+    def _together(self, judged: list[_Judged], per_class: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Dice per foreground class of the sets of generalists, weighted as they would be in the term."""
+        worth = [sum(per_class[slot.name]) / len(per_class[slot.name]) for slot in self._slots]
+        found: dict[str, list[float]] = {}
+        for name, members in sets_of(self.gate.names).items():
+            weights = [worth[g] if self.settings["reliability"] else 1.0 for g in members]
+            rows = []
+            for one in judged:
+                here = [(w, one.means[g]) for w, g in zip(weights, members, strict=True)]
+                here = [(w, mean) for w, mean in here if mean is not None]
+                r_lab = fusion.source_weights([w for w, _ in here] or [0.0], [1] * max(len(here), 1), False)[0]
+                label = torch.zeros_like(one.label)
+                if r_lab.any():
+                    label = fusion.fuse([mean for _, mean in here], r_lab, want=("label",)).label
+                rows.append({name: _dice(label, one.label, len(per_class[MASK]) + 1)})
+            found |= _mean_of(rows)
+        return found
+
+    def _compare(self, image: Any, prob: Any, label: Any, spacing: Any, number: int) -> _Judged:
+        """All candidates but sets of generalists on one volume."""
         image, prob, label = (torch.as_tensor(a)[None] for a in (image, prob, label))
         _check_batch("calibrate", ("images", "probs"), image, prob)
         if tuple(label.shape[1:]) != tuple(prob.shape[2:]):
@@ -632,7 +658,9 @@ class SemiSAMTerm:
         mask = prob.argmax(1).byte()
         found = {MASK: mask, LARGEST: largest_components(mask, classes)}
         request = self._request(image, prob, 0, [number], spacing)
-        for slot in self._slots:
+        means: list[Any] = [None] * len(self._slots)
+        want = ("label", "mean") if len(self._slots) > 1 else ("label",)
+        for g, slot in enumerate(self._slots):
             answers = slot.ask(request, self.settings, whole=False)
             self._note(slot.name, answers, 0)
             found[slot.name] = torch.zeros_like(mask)
@@ -641,9 +669,9 @@ class SemiSAMTerm:
                     [1.0], [answers.done], False, label=self.settings["label_rounds"]
                 )
                 rounds = [joined(r) for r in answers.rounds]
-                found[slot.name] = fusion.fuse(rounds, r_lab, logits=True, want=("label",)).label
-        options: dict[str, Any] = {"include_background": False, "num_classes": classes, "ignore_index": 255}
-        return {name: metrics.dice(one, label, **options)[0] for name, one in found.items()}
+                made = fusion.fuse(rounds, r_lab, logits=True, two_channels=classes == 2, want=want)
+                found[slot.name], means[g] = made.label, made.mean
+        return _Judged({name: _dice(one, label, classes) for name, one in found.items()}, means, label)
 
     # ---- state
 
@@ -654,6 +682,18 @@ class SemiSAMTerm:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`; ValueError for one of other generalists."""
         self.gate.load_state_dict(state["gate"])
+
+
+def _dice(made: Any, label: Any, classes: int) -> Any:
+    return metrics.dice(made, label, include_background=False, num_classes=classes, ignore_index=255)[0]
+
+
+def _mean_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Dice per class of every candidate, mean over volumes."""
+    return {
+        name: torch.stack([torch.as_tensor(row[name]) for row in rows]).double().mean(0).tolist()
+        for name in rows[0]
+    }
 
 
 # ---- arguments ----------------------------------------------------------------------------------

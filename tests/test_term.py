@@ -13,8 +13,9 @@ import torch
 from generalist_fakes import Fake
 
 import semisam
-from semisam import fusion, generalists, losses, prompts, schedules
-from semisam.gate import Gate, largest_components
+from semisam import fusion, generalists, losses, metrics, prompts, schedules
+from semisam.engine.gate import sentence as gate_sentence
+from semisam.gate import Gate, largest_components, sets_of
 from semisam.generalists.random_walker import RandomWalker
 from semisam.term import PRESETS, SemiSAMTerm
 
@@ -921,9 +922,56 @@ def test_gate_judges_each_generalist():
     _, truth, _ = scene()
     term, found, (images, _, prob, _) = judged([truth.roll(8, 2), truth])
     assert found["choice"] == {"g0": "mask", "g1": "g1"}
-    assert set(found["scores"]) == {"mask", "largest_component", "g0", "g1"}
+    assert set(found["scores"]) == {"mask", "largest_component", "g0", "g1", "g0 + g1"}
+    assert found["best"] == "g1"
     term(images[:1], student(prob[:1]), prob[:1], step=STEP)
     assert set(term.diagnostics["rounds"]) == {"g1"}
+
+
+def test_gate_lets_those_teach_who_are_better_together():
+    """Each is wrong somewhere else: the majority of three is right, no pair is."""
+    _, truth, _ = scene()
+    wrong = []
+    for k in range(3):
+        one = truth.clone()
+        one[:, :, 3 * k : 3 * k + 2] = ~one[:, :, 3 * k : 3 * k + 2]
+        wrong.append(one)
+    term, found, (images, _, prob, label) = judged(wrong)
+    assert found["best"] == "g0 + g1 + g2"
+    assert found["choice"] == {"g0": "g0", "g1": "g1", "g2": "g2"}
+    assert found["scores"]["g0 + g1 + g2"] == 1 > max(found["scores"][p] for p in ("g0", "g0 + g1", "g1 + g2"))
+    term.settings["sample_gate"] = 0.0
+    term(images[:1], student(prob[:1]), prob[:1], step=STEP)
+    assert torch.equal(term.last.label, label[:1])  # the term's own fusion says what was judged
+
+
+def test_gate_silences_those_who_make_others_worse():
+    """All are better than the mask, yet one alone is better than with two that err alike."""
+    _, truth, _ = scene()
+    term, found, (images, _, prob, _) = judged([truth.roll(1, 2), truth, truth.roll(1, 2)])
+    scores = found["scores"]
+    assert scores["largest_component"] < scores["g0"] < scores["g1"]
+    assert scores["g0 + g1 + g2"] < scores["g1"]
+    assert found["choice"] == {"g0": "mask", "g1": "g1", "g2": "mask"}
+    assert "g0 teaches nothing: g1 is better without it; g1 teaches" in gate_sentence(found)
+    term(images[:1], student(prob[:1]), prob[:1], step=STEP)
+    assert set(term.diagnostics["rounds"]) == {"g1"}
+
+
+@pytest.mark.parametrize("reliability", [True, False])
+def test_gate_fuses_as_the_term_does(reliability):
+    """Sets are weighted by reliability, or not: as in the training afterwards."""
+    images, truth, prob = (a[:1] for a in scene(classes=3))
+    fakes = [Fake(truth.roll(k, 2 + k), name=f"g{k}", sure=1.0 + k) for k in range(2)]
+    term = make(fakes, mode="mask", reliability=reliability, teacher_share=0.0, sample_gate=0.0)
+    label = (truth.byte() * torch.tensor([1, 2], dtype=torch.uint8)[:, None, None, None]).amax(1)
+    found = term.calibrate(images, prob, label)
+    term.gate.choice = {"g0": "g0", "g1": "g1"}
+    for g, name in enumerate(("g0", "g1")):
+        term.gate.reliability.scores[g] = found["scores"][name]
+    term(images, student(prob), prob, step=STEP)
+    dice = metrics.dice(term.last.label, label, include_background=False, num_classes=3)
+    assert found["scores"]["g0 + g1"] == pytest.approx(float(dice.mean()), abs=1e-6)
 
 
 def test_gate_averages_volumes_of_different_shapes_and_classes():
@@ -1026,6 +1074,21 @@ def test_gate_ties_go_to_the_simpler():
     ):
         gate.start(scores)
         assert gate.choice == {"g": choice}
+        assert gate.best == choice
+
+
+def test_many_generalists_are_judged_in_pairs_and_all_together():
+    names = [f"g{k}" for k in range(6)]
+    sets = sets_of(names)
+    assert len(sets) == 15 + 1
+    gate = Gate(names)
+    scores = dict.fromkeys(["mask", "largest_component", *names, *sets], [0.5])
+    gate.start(scores | {"g1 + g4": [0.6]})
+    assert gate.choice == {name: name if name in ("g1", "g4") else "mask" for name in names}
+    for _ in range(9):
+        gate.update(scores | {" + ".join(names): [0.8]}, held_out=True)
+    assert gate.best == " + ".join(names)
+    assert gate.choice == {name: name for name in names}
 
 
 def test_largest_component_source_never_denies_a_class_that_was_asked_for():

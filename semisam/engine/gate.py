@@ -254,6 +254,8 @@ def sentence(found: dict[str, Any]) -> str:
     for name, choice in found["choice"].items():
         if choice == name:
             words.append(f"{name} teaches")
+        elif choice == "mask" and found.get("best", "mask") != "mask":
+            words.append(f"{name} teaches nothing: {found['best']} is better without it")
         elif choice == "mask":
             words.append(f"{name} is not better than the specialist's own mask and teaches nothing")
         else:

@@ -553,8 +553,9 @@ class _Training:
 
     def _log_gate(self, found: dict[str, Any]) -> None:
         names = self.meta["class_names"][1:]
+        teaching = {found["best"], *(c for name, c in found["choice"].items() if c == name)}
         for candidate, values in found["per_class"].items():
-            chosen = int(candidate in found["choice"].values())
+            chosen = int(candidate in teaching)
             for name, value in zip(names, values, strict=True):
                 row = {"candidate": candidate, "class": name, "dice": value, "chosen": chosen}
                 self.tables["gate"].add(step=self.done, **row)
