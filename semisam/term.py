@@ -564,8 +564,8 @@ class SemiSAMTerm:
 
         Returns a dictionary of plain values: "scores" (candidate: mean Dice), "per_class" (candidate:
         list), "best" (candidate), "choice" (generalist: candidate), "reliability" (generalist: score),
-        "switched" (generalists whose choice is another one than before), "volumes", "held_out". Raises ValueError for shapes that do
-        not fit.
+        "switched" (generalists whose choice is another one than before), "volumes", "held_out". Raises
+        ValueError for shapes that do not fit.
 
         >>> import torch
         >>> from semisam.term import SemiSAMTerm
@@ -635,7 +635,8 @@ class SemiSAMTerm:
             for one in judged:
                 here = [(w, one.means[g]) for w, g in zip(weights, members, strict=True)]
                 here = [(w, mean) for w, mean in here if mean is not None]
-                r_lab = fusion.source_weights([w for w, _ in here] or [0.0], [1] * max(len(here), 1), False)[0]
+                scores, rounds = [w for w, _ in here] or [0.0], [1] * max(len(here), 1)
+                r_lab, _ = fusion.source_weights(scores, rounds, False)
                 label = torch.zeros_like(one.label)
                 if r_lab.any():
                     label = fusion.fuse([mean for _, mean in here], r_lab, want=("label",)).label

@@ -939,7 +939,8 @@ def test_gate_lets_those_teach_who_are_better_together():
     term, found, (images, _, prob, label) = judged(wrong)
     assert found["best"] == "g0 + g1 + g2"
     assert found["choice"] == {"g0": "g0", "g1": "g1", "g2": "g2"}
-    assert found["scores"]["g0 + g1 + g2"] == 1 > max(found["scores"][p] for p in ("g0", "g0 + g1", "g1 + g2"))
+    scores = found["scores"]
+    assert scores["g0 + g1 + g2"] == 1 > max(scores[p] for p in ("g0", "g0 + g1", "g1 + g2"))
     term.settings["sample_gate"] = 0.0
     term(images[:1], student(prob[:1]), prob[:1], step=STEP)
     assert torch.equal(term.last.label, label[:1])  # the term's own fusion says what was judged
@@ -1082,7 +1083,7 @@ def test_many_generalists_are_judged_in_pairs_and_all_together():
     sets = sets_of(names)
     assert len(sets) == 15 + 1
     gate = Gate(names)
-    scores = dict.fromkeys(["mask", "largest_component", *names, *sets], [0.5])
+    scores = {name: [0.5] for name in ("mask", "largest_component", *names, *sets)}
     gate.start(scores | {"g1 + g4": [0.6]})
     assert gate.choice == {name: name if name in ("g1", "g4") else "mask" for name in names}
     for _ in range(9):
