@@ -239,7 +239,7 @@ for _name, _inputs in _VOXEL_LOSSES.items():
 _VAR, _ENT, _MI = range(3)
 _EXP, _LINEAR, _GATE, _CONF, _NONE = range(5)
 _SUMS = (
-    "float32: sums over S <= 10 numbers of at most 1 and differences of entropies of at most ln C, each "
+    "float32: sums of S numbers of at most 1 and weight 1/S, differences of entropies of at most ln C, each "
     "within a few eps = 6e-8; a map is scaled by at most 2 and a weight by kappa = 4. Half precision is "
     "input only. The reference has the sources in float64, so float64 is far below that."
 )
@@ -302,6 +302,16 @@ CASES += [
         "weight-only": lambda r: _fuse(_simplex(r, 4, 1, 3, 77), _MI, _GATE, *_R4, want=(0, 0, 0, 0, 1)),
         "conf-weight-only": lambda r: _fuse(_logits(r, 2, 1, 2, 77), _MI, _CONF, want=(0, 0, 0, 0, 1)),
         "offset": lambda r: _fuse(_simplex(r, 2, 1, 2, 77), _ENT, _GATE, tau=(0, 0.5), log_offset=1e-6),
+        # Widths, alignments and counts that CUDA kernels tell apart.
+        "one-channel-wide": lambda r: _fuse([_prob(r, 2, 1, 8, 12) for _ in range(6)], channels=2),
+        "one-channel-logits-two-means": lambda r: _fuse(
+            _logits(r, 4, 2, 1, 9, 12), _ENT, _LINEAR, *_R4, logits=1
+        ),
+        "two-channels-logits-var": lambda r: _fuse(_logits(r, 4, 2, 2, 9, 12), _VAR, _EXP, *_R4, logits=1),
+        "logits-14": lambda r: _fuse(_logits(r, 3, 1, 14, 7, 9), _MI, _CONF, logits=1),
+        "logits-14-two-means": lambda r: _fuse(_logits(r, 4, 1, 14, 7, 9), _VAR, _EXP, *_R4, logits=1),
+        "logits-many": lambda r: _fuse(_logits(r, 50, 1, 20, 37), _ENT, _LINEAR, logits=1),
+        "many-sources": lambda r: _fuse(_simplex(r, 128, 1, 2, 40), _MI),
     }.items()
 ]
 

@@ -308,6 +308,91 @@ def test_voxel_loss_refuses_what_the_cpu_refuses(change, sentence, library):
             )
 
 
+# ---- fusion --------------------------------------------------------------------------------------
+
+
+def _fuse(sources, **given):
+    """Arguments of `fuse` for sources [B, C, V]; equal weights unless told."""
+    s, channels = len(sources), sources[0].shape[1]
+    named = {
+        "lab": [1 / s] * s,
+        "unc": [1 / s] * s,
+        "logits": 0,
+        "kind": 0,
+        "ignore": 255,
+        "channels": channels,
+    }
+    lab, unc, logits, kind, ignore, channels = {**named, **given}.values()
+    numbers = (4.0, 0.0, 1.0, 0.0, ignore, channels)
+    return [sources, lab, unc, logits, kind, 0, *numbers, 1, 1, 1, 1, 1]
+
+
+def _on_both(inputs):
+    case = Case("fuse", "", lambda r: inputs)
+    return emulated(case, inputs), run(case, inputs)
+
+
+@pytest.mark.parametrize("space", [64, 77])
+@pytest.mark.parametrize("logits", [0, 1])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fuse_of_several_dtypes_at_any_address(channels, logits, space, library):
+    needs("fuse")
+    g = torch.Generator().manual_seed(3)
+    sources = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float32, torch.float32):
+        room = torch.rand(2 * channels * space + 1, generator=g).to(dtype)
+        sources.append(room[1:].view(2, channels, space))
+    for some in (sources, sources[0::3], sources[1:2]):
+        ours, cpu = _on_both(_fuse(some, logits=logits))
+        assert torch.equal(ours[1], cpu[1])
+        for o, c in zip(ours, cpu, strict=True):
+            torch.testing.assert_close(o, c, atol=4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("channels", [1, 2, 3, 20])
+def test_fuse_keeps_what_is_not_finite(channels, kind, library):
+    needs("fuse")
+    g = torch.Generator().manual_seed(5)
+    sources = [3 * torch.randn(1, channels, 32, generator=g) for _ in range(4)]
+    for i, value in enumerate((math.nan, math.inf, -math.inf)):
+        for s in range(3):
+            sources[s][0, s % channels, 4 * i + s] = value
+    sources[3][:] = math.nan  # has no weight
+    weights = [0.5, 0.25, 0.25, 0.0]
+    for other in (weights, [0.25, 0.25, 0.5, 0.0]):
+        ours, cpu = _on_both(_fuse(sources, lab=weights, unc=other, logits=1, kind=kind))
+        assert torch.equal(ours[1], cpu[1])
+        assert 3 <= cpu[3].isnan().sum() < 12
+        for o, c in zip(ours, cpu, strict=True):
+            torch.testing.assert_close(o, c, atol=4e-6, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lab": [0.5, 0.4]},
+        {"unc": [0.5, math.nan]},
+        {"unc": [-0.5, 1.5]},
+        {"lab": [0.5, 0.5, 0.0]},
+        {"lab": [0.5, 0.0, 0.5, 0.0]},
+        {"lab": [0.0, 0.0], "unc": [0.0, 0.0]},
+        {"channels": 2},
+        {"ignore": 2},
+        {"sources": [torch.zeros(2, 3, 5), torch.zeros(2, 3, 5, dtype=torch.float64)]},
+    ],
+)
+def test_fuse_refuses_what_the_cpu_refuses_in_the_same_words(change, library):
+    needs("fuse")
+    sources = change.pop("sources", [torch.zeros(2, 3, 5)] * 2)
+    inputs = _fuse(sources, **change)
+    case = Case("fuse", "", lambda r: inputs)
+    with pytest.raises((ValueError, TypeError)) as cpu:
+        run(case, inputs)
+    with pytest.raises(cpu.type, match=re.escape(str(cpu.value))):
+        emulated(case, inputs)
+
+
 # ---- workspace, faults and libraries, at the border of the core ----------------------------------
 
 

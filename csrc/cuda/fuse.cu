@@ -1,0 +1,1166 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * fuse.cu: S sources -> mean, hard label, confidence, uncertainty and weight map, in one pass.
+ *
+ *     pbar = sum_s r_lab_s p^s,  mu = sum_s r_unc_s p^s,  H(p) = -sum_c p_c ln max(p_c + o, 1e-7)
+ *     var = sum_c sum_s r_unc_s (p^s_c - mu_c)^2,  ent = H(mu),  mi = H(mu) - sum_s r_unc_s H(p^s)
+ *     u = var / (1 - 1/C), ent / ln C or mi / ln C, clipped to 0..1
+ *     weight = exp(-kappa u), 1 - u, 1[u <= tau_u], (max pbar - 1/C) / (1 - 1/C) clipped, or 1
+ *
+ * Sources [B, C, V], probabilities or logits. One channel is the foreground of two classes, and two
+ * logits are one sigmoid: one row. A thread has N voxels: those of 16 bytes of results where V and
+ * all addresses are multiples of that, else voxels a block's width apart. The kernels:
+ *     k_fuse            probabilities of any C, and one row of logits: class by class, so that
+ *                       nothing is kept per class; 2 to 8 sources in flight
+ *     k_fuse_sigmoids   the means of one row of logits, where no var and no mi is wanted
+ *     k_fuse_softmax    up to 16 classes of logits (two means or float64: 8): sums in registers,
+ *                       source by source, one exponential per logit
+ *     k_fuse_many       more classes: first every source's largest logit and sum of exponentials,
+ *                       in shared memory; then class by class
+ * Memory: each source that has weight is read once (k_fuse_many: three times, one of them from L2
+ * at best); each wanted output is written once. 4 bytes per voxel, source and row, or 2; 4 bytes
+ * per voxel and row of an output, 1 of labels. No workspace. One launch where all samples have the
+ * same weights, else one for as many samples as its arguments have room for: 128 / S, at most 64.
+ * Numerics: the CPU's functions, and its sums over differences from the source of largest weight in
+ * its order (csrc/cpu/fuse.c says what that is good for). So pbar, and with it labels, are the same
+ * bits, except that (1) where foreground logits have two means, both are summed four sources at a
+ * time, which are other four than the CPU's: 4e-7; (2) beside a logit that is not finite the CPU
+ * sums a block of voxels by single sigmoids, and this kernel a thread's: 4e-7. The var and mi of
+ * several rows are summed class by class, on the CPU source by source: S C roundings of partial
+ * sums below 1 each way, at random 2e-6 for S C = 1000; weight exp adds a factor kappa. float64
+ * sources are computed in double, where exp and log are CUDA's: 1e-14.
+ * Deterministic: a voxel is the work of one thread. registers <= 128
+ */
+#include "device.cuh"
+
+#define THREADS 256
+#define MOST_SAMPLES 64 /* in one launch */
+#define MANY_THREADS 128
+#define MANY_SLOTS (SS_MAX_SHARED / 8 / MANY_THREADS) /* sources they have room for */
+
+enum { UNC_VAR, UNC_ENT, UNC_MI };
+enum { WEIGHT_EXP, WEIGHT_LINEAR, WEIGHT_GATE, WEIGHT_CONF, WEIGHT_NONE };
+
+/* All that a kernel has to know, by value. `entry` e of a sample is a source that has weight;
+ * references, the sources of largest weight, are none unless `sigmoids`. R: float or double. */
+template <typename R> struct fuse_job {
+    const void *source[SS_MAX_LIST];
+    R r_unc[SS_MAX_LIST], r_lab[SS_MAX_LIST]; /* of entries; a sample's begin at samples * stride */
+    uint8_t entry[SS_MAX_LIST];               /* its source */
+    uint8_t dtype[SS_MAX_LIST];               /* of sources */
+    uint8_t count[MOST_SAMPLES];              /* of entries */
+    uint8_t ref_u[MOST_SAMPLES], ref_l[MOST_SAMPLES];
+    uint8_t kind[MOST_SAMPLES];        /* ONE, TWO or UNKNOWN */
+    R *mean, *confidence, *u, *weight; /* NULL: not wanted */
+    uint8_t *label;
+    int64_t C, V;
+    int64_t sample;                /* the first one of this launch */
+    uint32_t chunks;               /* blocks per sample */
+    int32_t stride;                /* 0: one list of entries for all samples */
+    int32_t rows;                  /* that are summed: C, or 1 for two classes as one foreground */
+    int32_t all;                   /* the dtype of all sources; -1: they differ */
+    int32_t vector;                /* memory takes 16 bytes at a time */
+    int8_t logits, sigmoids, pair; /* pair: the mean of one row has two channels */
+    int8_t unc, weighting, need_u, need_mean, gated;
+    int8_t any_two;
+    int32_t ignore;
+    R scale, offset, tau_c, tau_u, rate, chance;
+};
+static_assert(sizeof(fuse_job<double>) <= 4096, "more than every CUDA takes as arguments");
+
+enum { FUSE_ONE, FUSE_TWO, FUSE_UNKNOWN }; /* one mean is all; mu and pbar; no source has weight */
+
+/* What a thread works on: N voxels `step` apart of sample b. */
+struct fuse_place {
+    int64_t b, v;
+    int32_t step;
+    int32_t first, n; /* entries */
+    int32_t ref_u, ref_l;
+    bool two; /* means; if not, mu is all: r_unc are the weights of the one that is needed */
+    bool known;
+};
+
+/* What runs along over the classes. */
+template <typename R, int N> struct fuse_state {
+    R doubt[N]; /* u before it is scaled */
+    R conf[N];
+    int32_t label[N];
+};
+
+template <typename R> SS_DEVICE fuse_place place_of(const fuse_job<R> &j, int n) {
+    fuse_place p;
+    const uint32_t sample = blockIdx.x / j.chunks;
+    const int64_t start = (int64_t)(blockIdx.x - sample * j.chunks) * blockDim.x * n;
+    const uint32_t list = j.stride ? sample : 0;
+    p.b = j.sample + sample;
+    p.v = start + (j.vector ? (int64_t)threadIdx.x * n : threadIdx.x);
+    p.step = j.vector ? 1 : (int32_t)blockDim.x;
+    p.first = (int32_t)list * j.stride;
+    p.n = j.count[list];
+    p.ref_u = j.ref_u[list];
+    p.ref_l = j.ref_l[list];
+    p.two = j.kind[list] == FUSE_TWO;
+    p.known = j.kind[list] != FUSE_UNKNOWN;
+    return p;
+}
+
+/* ---- arithmetic: the CPU's ---------------------------------------------------------------------
+ */
+
+SS_DEVICE float fuse_exp(float x) {
+    return ss_expf(x);
+}
+SS_DEVICE double fuse_exp(double x) {
+    return exp(x);
+}
+SS_DEVICE float fuse_exp2(float x) {
+    return ss_exp2_bounded(x);
+}
+SS_DEVICE double fuse_exp2(double x) {
+    return exp2(x);
+}
+SS_DEVICE float fuse_log(float x) {
+    return ss_log_bounded(x);
+}
+SS_DEVICE double fuse_log(double x) {
+    return log(x);
+}
+SS_DEVICE float fuse_sigmoid(float x) {
+    return x == x ? ss_sigmoidf(x) : x;
+}
+SS_DEVICE double fuse_sigmoid(double x) {
+    return 1.0 / (1.0 + exp(-x));
+}
+
+/* 0..1; NaN stays */
+template <typename R> SS_DEVICE R inside(R x) {
+    x = x < (R)0 ? (R)0 : x;
+    return x > (R)1 ? (R)1 : x;
+}
+
+/* e / sum, rounded as a division is, from inverse = 1 / sum: with fused operations the remainder
+ * is exact. */
+SS_DEVICE float divided(float e, float sum, float inverse) {
+    float q = e * inverse;
+    return fmaf(fmaf(-q, sum, e), inverse, q);
+}
+SS_DEVICE double divided(double e, double sum, double) {
+    return e / sum;
+}
+
+template <typename R> SS_DEVICE R p_log_p(R p, R offset) {
+    R x = p + offset;
+    return p * fuse_log(x > (R)1e-7 ? x : (R)1e-7);
+}
+
+/* A row's part of the entropy. */
+template <typename R> SS_DEVICE R entropy_of(const fuse_job<R> &j, R p) {
+    R t = p_log_p(p, j.offset);
+    if (j.rows == 1) {
+        t += p_log_p((R)1 - p, j.offset);
+    }
+    return -t;
+}
+
+/* Two channels: the softmax's second one. m - m is 0, or NaN for a logit of +inf. */
+template <typename R> SS_DEVICE R softmax_of_two(R z0, R z1) {
+    R m = z0 > z1 ? z0 : z1;
+    return fuse_sigmoid(z1 - z0) + (m - m);
+}
+
+/* 1 + 2^y with |y| cut at 30, y given as bits: the sigmoid is 0 or 1 there but for 1e-9, and a
+ * product of four of these is far from infinity. */
+SS_DEVICE float denominator(uint32_t y) {
+    int32_t a = (int32_t)(y & 0x7fffffffu);
+    a = a < 0x41f00000 ? a : 0x41f00000;
+    return 1.0f + ss_exp2_inside(ss_bits_f32((uint32_t)a | (y & 0x80000000u)));
+}
+
+/* ---- what comes out ----------------------------------------------------------------------------
+ */
+
+/* N numbers of an output whose voxel p.v is element `at`. */
+template <int N, typename R>
+SS_DEVICE void put(const fuse_job<R> &j, const fuse_place &p, R *out, int64_t at, const R *v) {
+    if (j.vector) {
+        for (int k = 0; k < N; k += 16 / (int)sizeof(R)) {
+            ss_vec16<R> piece;
+            for (int i = 0; i < 16 / (int)sizeof(R); ++i) {
+                piece.v[i] = v[k + i];
+            }
+            ss_store16(out + at + k, piece);
+        }
+        return;
+    }
+    for (int k = 0; k < N; ++k) {
+        if (p.v + k * p.step < j.V) {
+            out[at + k * p.step] = v[k];
+        }
+    }
+}
+
+template <int N, typename R>
+SS_DEVICE void put_labels(const fuse_job<R> &j, const fuse_place &p, const int32_t *label) {
+    uint8_t *out = j.label + p.b * j.V + p.v;
+    if (!j.vector) {
+        for (int k = 0; k < N; ++k) {
+            if (p.v + k * p.step < j.V) {
+                out[k * p.step] = (uint8_t)label[k];
+            }
+        }
+        return;
+    }
+    uint32_t bytes = 0;
+    for (int k = 0; k < N; ++k) {
+        bytes |= (uint32_t)(uint8_t)label[k] << 8 * k;
+    }
+    if constexpr (N == 4) {
+        *reinterpret_cast<uint32_t *>(out) = bytes;
+    } else {
+        *reinterpret_cast<uint16_t *>(out) = (uint16_t)bytes;
+    }
+}
+
+/* The mean of class c: confidence and label so far, and out with it. */
+template <int N, typename R>
+SS_DEVICE void take_mean(const fuse_job<R> &j, const fuse_place &p, int64_t c, const R *mean,
+                         fuse_state<R, N> *s) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        const R x = mean[k];
+        if (j.rows == 1) {
+            s->conf[k] = x > (R)0.5 ? x : (R)1 - x;
+            s->label[k] = x > (R)0.5;
+        } else { /* strictly larger: ties go to the smallest class; NaN is taken and stays */
+            const bool take = c == 0 || x > s->conf[k] || x != x;
+            s->conf[k] = take ? x : s->conf[k];
+            s->label[k] = take ? (int32_t)c : s->label[k];
+        }
+    }
+    if (!j.mean) {
+        return;
+    }
+    if (!j.pair) {
+        put<N>(j, p, j.mean, (p.b * j.rows + c) * j.V + p.v, mean);
+        return;
+    }
+    R other[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        other[k] = (R)1 - mean[k];
+    }
+    put<N>(j, p, j.mean, 2 * p.b * j.V + p.v, other);
+    put<N>(j, p, j.mean, (2 * p.b + 1) * j.V + p.v, mean);
+}
+
+template <typename R> SS_DEVICE R weight_of(const fuse_job<R> &j, R u, R conf) {
+    switch (j.weighting) {
+    case WEIGHT_EXP:
+        return u == u ? fuse_exp2(u * j.rate) : u;
+    case WEIGHT_LINEAR:
+        return (R)1 - u;
+    case WEIGHT_GATE: /* NaN + 0 keeps a NaN that the comparison would lose */
+        return (u <= j.tau_u ? (R)1 : (R)0) + (u - u);
+    case WEIGHT_CONF:
+        return inside((conf - j.chance) * ((R)1 / ((R)1 - j.chance)));
+    default:
+        return (R)1;
+    }
+}
+
+/* Everything but the mean, which take_mean has stored. */
+template <int N, typename R>
+SS_DEVICE void finish(const fuse_job<R> &j, const fuse_place &p, const fuse_state<R, N> &s) {
+    R u[N], weight[N];
+    int32_t label[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        u[k] = inside(s.doubt[k] * j.scale);
+        bool keep = s.conf[k] >= j.tau_c && (!j.gated || u[k] <= j.tau_u);
+        label[k] = keep ? s.label[k] : j.ignore;
+    }
+    const int64_t at = p.b * j.V + p.v;
+    if (j.label) {
+        put_labels<N>(j, p, label);
+    }
+    if (j.confidence) {
+        put<N>(j, p, j.confidence, at, s.conf);
+    }
+    if (j.u) {
+        put<N>(j, p, j.u, at, u);
+    }
+    if (j.weight) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            weight[k] = weight_of(j, u[k], s.conf[k]);
+        }
+        put<N>(j, p, j.weight, at, weight);
+    }
+}
+
+/* Nothing is known about this sample: uniform distribution, u = 1, weight 0, label ignored. */
+template <int N, typename R> SS_DEVICE void unknown(const fuse_job<R> &j, const fuse_place &p) {
+    R chance[N], one[N], zero[N];
+    int32_t label[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        chance[k] = j.chance;
+        one[k] = (R)1;
+        zero[k] = (R)0;
+        label[k] = j.ignore;
+    }
+    const int64_t at = p.b * j.V + p.v, rows = j.pair ? 2 : j.rows;
+    for (int64_t c = 0; j.mean && c < rows; ++c) {
+        put<N>(j, p, j.mean, (p.b * rows + c) * j.V + p.v, chance);
+    }
+    if (j.label) {
+        put_labels<N>(j, p, label);
+    }
+    if (j.confidence) {
+        put<N>(j, p, j.confidence, at, chance);
+    }
+    if (j.u) {
+        put<N>(j, p, j.u, at, one);
+    }
+    if (j.weight) {
+        put<N>(j, p, j.weight, at, zero);
+    }
+}
+
+/* ---- sources -----------------------------------------------------------------------------------
+ */
+
+/* In place of a dtype: every source has its own. */
+struct fuse_mixed {};
+
+/* Runs a statement with T as the dtype of the sources: float64 for all or for none. */
+#define FUSE_FOR_DTYPE(j, R, T, ...)                                                               \
+    if constexpr (sizeof(R) == 8) {                                                                \
+        typedef double T;                                                                          \
+        __VA_ARGS__;                                                                               \
+    } else {                                                                                       \
+        switch ((j).all) {                                                                         \
+            SS_CASE_OF(SS_F16, ss_half, T, __VA_ARGS__)                                            \
+            SS_CASE_OF(SS_BF16, ss_bfloat, T, __VA_ARGS__)                                         \
+            SS_CASE_OF(SS_F32, float, T, __VA_ARGS__)                                              \
+        default: {                                                                                 \
+            typedef fuse_mixed T;                                                                  \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+        }                                                                                          \
+    }
+
+template <typename T, typename R> SS_DEVICE R element(const fuse_job<R> &j, int s, int64_t at) {
+    if constexpr (sizeof(T) > 1) {
+        return (R)ss_load<T>(j.source[s], at);
+    } else {
+        switch (j.dtype[s]) {
+        case SS_F16:
+            return (R)ss_load<ss_half>(j.source[s], at);
+        case SS_BF16:
+            return (R)ss_load<ss_bfloat>(j.source[s], at);
+        default:
+            return (R)ss_load<float>(j.source[s], at);
+        }
+    }
+}
+
+/* N elements at once: 16 or (four of half precision) 8 bytes. */
+template <typename T, int N> struct fuse_piece {
+    union {
+        uint4 all;
+        uint2 half;
+        T v[N];
+    };
+    SS_DEVICE fuse_piece from(const void *source, int64_t at) {
+        const T *place = static_cast<const T *>(source) + at;
+        fuse_piece u;
+        if constexpr (N * sizeof(T) == 16) {
+            u.all = *reinterpret_cast<const uint4 *>(place);
+        } else {
+            u.half = *reinterpret_cast<const uint2 *>(place);
+        }
+        return u;
+    }
+};
+
+/* N numbers of each of the first `left` of COUNT sources, voxel p.v being element `at`. */
+template <int COUNT, int N, typename T, typename R>
+SS_DEVICE void load_batch(const fuse_job<R> &j, const fuse_place &p, const int *s, int left,
+                          int64_t at, R (*out)[N]) {
+    if constexpr (sizeof(T) > 1 && N > 1) {
+        if (j.vector) {
+#pragma unroll
+            for (int q = 0; q < COUNT; ++q) {
+                if (q < left) {
+                    const fuse_piece<T, N> u = fuse_piece<T, N>::from(j.source[s[q]], at);
+#pragma unroll
+                    for (int k = 0; k < N; ++k) {
+                        out[q][k] = (R)ss_value(u.v[k]);
+                    }
+                }
+            }
+            return;
+        }
+    }
+    int32_t voxel[N]; /* past the end: the first one again, and never stored */
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        voxel[k] = p.v + k * p.step < j.V ? k * p.step : 0;
+    }
+#pragma unroll
+    for (int q = 0; q < COUNT; ++q) {
+        if (q < left) {
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                out[q][k] = element<T>(j, s[q], at + voxel[k]);
+            }
+        }
+    }
+}
+
+/* Sources are objects with N voxels per thread and, for BATCH of them in flight,
+ *     fetch<COUNT>(s, slot, left, c, out)   class c of the first `left` of COUNT sources
+ * The common case, lean for the sake of occupancy: probabilities of one dtype in pieces of memory,
+ * which stay as they are until they are used; no mi. */
+template <typename T> struct fuse_pieces {
+    typedef ss_float<T> real;
+    typedef T stored;
+    enum { N = 4, BATCH = 16 / sizeof(T), MI = 0 };
+    const fuse_job<real> &j;
+    const fuse_place &p;
+
+    template <int COUNT>
+    __device__ __forceinline__ void fetch(const int *s, const int *, int left, int64_t c,
+                                          T (*out)[N]) const {
+        const int64_t at = (p.b * j.C + c) * j.V + p.v;
+#pragma unroll
+        for (int q = 0; q < COUNT; ++q) {
+            if (q < left) {
+                const fuse_piece<T, N> u = fuse_piece<T, N>::from(j.source[s[q]], at);
+#pragma unroll
+                for (int k = 0; k < N; ++k) {
+                    out[q][k] = u.v[k];
+                }
+            }
+        }
+    }
+};
+
+/* All other probabilities, and one row of logits. */
+template <typename R> struct fuse_any {
+    typedef R real;
+    typedef R stored;
+    enum { N = 16 / sizeof(R), BATCH = 2, MI = 1 };
+    const fuse_job<R> &j;
+    const fuse_place &p;
+
+    template <int COUNT>
+    __device__ __forceinline__ void fetch(const int *s, const int *, int left, int64_t c,
+                                          R (*out)[N]) const {
+        const int64_t at = (p.b * j.C + c) * j.V + p.v;
+        if (j.logits && j.C == 2) {
+            R first[COUNT][N];
+            FUSE_FOR_DTYPE(j, R, T, load_batch<COUNT, N, T>(j, p, s, left, at, first);
+                           load_batch<COUNT, N, T>(j, p, s, left, at + j.V, out));
+#pragma unroll
+            for (int i = 0; i < COUNT * N; ++i) {
+                R *z = &out[i / N][i % N];
+                *z = i / N < left ? softmax_of_two(first[i / N][i % N], *z) : (R)0;
+            }
+            return;
+        }
+        FUSE_FOR_DTYPE(j, R, T, load_batch<COUNT, N, T>(j, p, s, left, at, out));
+        if (j.logits) {
+#pragma unroll
+            for (int i = 0; i < COUNT * N; ++i) {
+                R *z = &out[i / N][i % N];
+                *z = i / N < left ? fuse_sigmoid(*z) : (R)0;
+            }
+        }
+    }
+};
+
+/* Many classes of logits: exponentials anew for every class, since nothing is kept per class. */
+template <typename R> struct fuse_classes {
+    typedef R real;
+    typedef R stored;
+    enum { N = 1, BATCH = 4, MI = 1 };
+    const fuse_job<R> &j;
+    const fuse_place &p;
+    R *room; /* 8 bytes per slot and thread: largest logit and sum; float64: largest + ln sum */
+
+    __device__ __forceinline__ R *of(int slot) const {
+        return room + (slot * (int)blockDim.x + (int)threadIdx.x) * (8 / (int)sizeof(R));
+    }
+
+    /* The largest logit and the sum of the exponentials, as the CPU computes them. */
+    template <typename T> __device__ __forceinline__ void look(int s, int slot) const {
+        const int64_t at = p.b * j.C * j.V + p.v;
+        R most = element<T>(j, s, at), sum = 0;
+#pragma unroll 8
+        for (int64_t c = 1; c < j.C; ++c) {
+            R z = element<T>(j, s, at + c * j.V);
+            most = z > most ? z : most;
+        }
+#pragma unroll 4
+        for (int64_t c = 0; c < j.C; ++c) {
+            sum += fuse_exp(element<T>(j, s, at + c * j.V) - most);
+        }
+        if constexpr (sizeof(R) == 8) {
+            *of(slot) = most + log(sum);
+        } else {
+            of(slot)[0] = most;
+            of(slot)[1] = sum;
+        }
+    }
+
+    template <int COUNT>
+    __device__ __forceinline__ void fetch(const int *s, const int *slot, int left, int64_t c,
+                                          R (*out)[N]) const {
+        FUSE_FOR_DTYPE(j, R, T,
+                       load_batch<COUNT, N, T>(j, p, s, left, (p.b * j.C + c) * j.V + p.v, out));
+#pragma unroll
+        for (int q = 0; q < COUNT; ++q) {
+            if (q >= left) {
+                continue;
+            }
+            const R *softmax = of(slot[q]);
+            if constexpr (sizeof(R) == 8) {
+                out[q][0] = exp(out[q][0] - softmax[0]);
+            } else {
+                out[q][0] = fuse_exp(out[q][0] - softmax[0]) / softmax[1];
+            }
+        }
+    }
+};
+
+/* ---- class by class ----------------------------------------------------------------------------
+ */
+
+/* Adds class c to the state: its sums over all sources, one batch after the other. */
+template <typename S, typename R, int N>
+SS_DEVICE void add_class(const fuse_job<R> &j, const fuse_place &p, const S &source, int64_t c,
+                         fuse_state<R, N> *state) {
+    typename S::stored raw_u[1][N], raw_l[1][N];
+    R ref_u[N], ref_l[N], mu[N], mean[N], spread[N], h_ref[N];
+    const bool mi = S::MI && j.need_u && j.unc == UNC_MI;
+    const int slot_u = p.n, slot_l = p.n + 1;
+    source.template fetch<1>(&p.ref_u, &slot_u, 1, c, raw_u);
+    if (p.two) {
+        source.template fetch<1>(&p.ref_l, &slot_l, 1, c, raw_l);
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        mu[k] = mean[k] = spread[k] = h_ref[k] = ref_l[k] = 0;
+        ref_u[k] = ss_value(raw_u[0][k]);
+        if (p.two) {
+            ref_l[k] = ss_value(raw_l[0][k]);
+        }
+        if (mi) {
+            h_ref[k] = entropy_of(j, ref_u[k]);
+        }
+    }
+    for (int i = 0; i < p.n; i += S::BATCH) {
+        typename S::stored x[S::BATCH][N];
+        int s[S::BATCH], slot[S::BATCH];
+        const int left = p.n - i;
+#pragma unroll
+        for (int q = 0; q < S::BATCH; ++q) {
+            slot[q] = i + q;
+            s[q] = j.entry[q < left ? p.first + i + q : p.first];
+        }
+        source.template fetch<S::BATCH>(s, slot, left, c, x);
+#pragma unroll
+        for (int q = 0; q < S::BATCH; ++q) {
+            if (q >= left) {
+                continue;
+            }
+            const R r_unc = j.r_unc[p.first + i + q];
+            const R r_lab = p.two ? j.r_lab[p.first + i + q] : (R)0;
+            if (r_unc > 0) {
+#pragma unroll
+                for (int k = 0; k < N; ++k) {
+                    const R value = ss_value(x[q][k]), d = value - ref_u[k], t = r_unc * d;
+                    mu[k] += t;
+                    if (mi) {
+                        spread[k] += r_unc * (entropy_of(j, value) - h_ref[k]);
+                    } else {
+                        spread[k] += t * d;
+                    }
+                }
+            }
+            if (r_lab > 0) {
+#pragma unroll
+                for (int k = 0; k < N; ++k) {
+                    mean[k] += r_lab * (ss_value(x[q][k]) - ref_l[k]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        const R sum = mu[k];
+        mu[k] += ref_u[k];
+        mean[k] = p.two ? mean[k] + ref_l[k] : mu[k];
+        R part = spread[k] - sum * sum;
+        if (j.need_u && j.unc != UNC_VAR) {
+            part = entropy_of(j, mu[k]);
+            part = mi ? (part - h_ref[k]) - spread[k] : part;
+        }
+        state->doubt[k] += part;
+    }
+    if (j.need_mean) {
+        take_mean<N>(j, p, c, mean, state);
+    }
+}
+
+template <int N, typename R> SS_DEVICE void start(fuse_state<R, N> *s) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        s->doubt[k] = s->conf[k] = 0;
+        s->label[k] = 0;
+    }
+}
+
+template <typename S, int BLOCKS>
+SS_KERNEL void __launch_bounds__(THREADS, BLOCKS) k_fuse(fuse_job<typename S::real> j) {
+    typedef typename S::real R;
+    const fuse_place p = place_of(j, S::N);
+    if (p.v >= j.V) {
+        return;
+    }
+    if (!p.known) {
+        unknown<S::N>(j, p);
+        return;
+    }
+    const S source = {j, p};
+    fuse_state<R, S::N> state;
+    start(&state);
+    for (int64_t c = 0; c < j.rows; ++c) {
+        add_class(j, p, source, c, &state);
+    }
+    finish<S::N>(j, p, state);
+}
+
+template <typename R> SS_KERNEL void __launch_bounds__(MANY_THREADS, 4) k_fuse_many(fuse_job<R> j) {
+    SS_DYNAMIC_SHARED(R, room); /* a thread sees its own part alone: no barriers */
+    const fuse_place p = place_of(j, 1);
+    if (p.v >= j.V) {
+        return;
+    }
+    if (!p.known) {
+        unknown<1>(j, p);
+        return;
+    }
+    const fuse_classes<R> source = {j, p, room};
+    for (int slot = 0; slot < p.n + (p.two ? 2 : 1); ++slot) {
+        const int s = slot < p.n ? j.entry[p.first + slot] : (slot == p.n ? p.ref_u : p.ref_l);
+        FUSE_FOR_DTYPE(j, R, T, source.template look<T>(s, slot));
+    }
+    fuse_state<R, 1> state;
+    start(&state);
+    for (int64_t c = 0; c < j.rows; ++c) {
+        add_class(j, p, source, c, &state);
+    }
+    finish<1>(j, p, state);
+}
+
+/* ---- means of foreground logits ----------------------------------------------------------------
+ */
+
+/* sum_q r_q / d_q with one division: r0 / A + r1 / B = (r0 B + r1 A) / (A B), and so on. */
+SS_DEVICE float sum_of_four(const float *r, const float *d) {
+    const float ab = d[0] * d[1], cd = d[2] * d[3];
+    const float above = (r[0] * d[1] + r[1] * d[0]) * cd + (r[2] * d[3] + r[3] * d[2]) * ab;
+    return above / (ab * cd);
+}
+
+/* Both means, where nothing can cancel: no reference. False where a logit is not finite. */
+template <int N>
+SS_DEVICE bool means_of_logits(const fuse_job<float> &j, const fuse_place &p, float *mu,
+                               float *mean) {
+    int32_t most = 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        mu[k] = mean[k] = 0;
+    }
+    const int64_t at = p.b * j.C * j.V + p.v, other = j.C == 2 ? j.V : 0;
+    for (int i = 0; i < p.n; i += 4) {
+        float first[4][N], z[4][N], r_unc[4], r_lab[4];
+        int s[4];
+#pragma unroll
+        for (int q = 0; q < 4; ++q) { /* the last batch: its first source again, for nothing */
+            const bool there = i + q < p.n;
+            const int e = p.first + (there ? i + q : i);
+            s[q] = j.entry[e];
+            r_unc[q] = there ? j.r_unc[e] : 0.0f;
+            r_lab[q] = there ? j.r_lab[e] : 0.0f;
+        }
+        FUSE_FOR_DTYPE(j, float, T, load_batch<4, N, T>(j, p, s, 4, at, first);
+                       load_batch<4, N, T>(j, p, s, 4, at + other, z));
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            float d[4];
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+                const float z0 = j.C == 2 ? first[q][k] : 0.0f;
+                const uint32_t y = ss_f32_bits((z[q][k] - z0) * -1.44269504f); /* of 2^, not e^ */
+                const int32_t a = (int32_t)(y & 0x7fffffffu);
+                most = a > most ? a : most;
+                d[q] = denominator(y);
+            }
+            mu[k] += sum_of_four(r_unc, d);
+            if (p.two) {
+                mean[k] += sum_of_four(r_lab, d);
+            }
+        }
+    }
+    return most < 0x7f800000;
+}
+
+/* The same by the sigmoids themselves, one after the other, as the CPU does beside a logit that is
+ * not finite. */
+template <int N>
+SS_DEVICE void means_of_sigmoids(const fuse_job<float> &j, const fuse_place &p, float *mu,
+                                 float *mean) {
+    const fuse_any<float> source = {j, p};
+    float ref_u[1][N], ref_l[1][N], x[1][N];
+    source.fetch<1>(&p.ref_u, nullptr, 1, 0, ref_u);
+    const int of_mean = p.two ? p.ref_l : p.ref_u;
+    source.fetch<1>(&of_mean, nullptr, 1, 0, ref_l);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        mu[k] = mean[k] = 0;
+    }
+    for (int e = p.first; e < p.first + p.n; ++e) {
+        const int s = j.entry[e];
+        const float r_unc = s == p.ref_u ? 0.0f : j.r_unc[e];
+        const float r_lab = p.two && s != p.ref_l ? j.r_lab[e] : 0.0f;
+        source.fetch<1>(&s, nullptr, 1, 0, x);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            mu[k] += r_unc > 0 ? r_unc * (x[0][k] - ref_u[0][k]) : 0.0f;
+            mean[k] += r_lab > 0 ? r_lab * (x[0][k] - ref_l[0][k]) : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        mu[k] += ref_u[0][k];
+        mean[k] += ref_l[0][k];
+    }
+}
+
+SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_sigmoids(fuse_job<float> j) {
+    enum { N = fuse_any<float>::N };
+    const fuse_place p = place_of(j, N);
+    if (p.v >= j.V) {
+        return;
+    }
+    if (!p.known) {
+        unknown<N>(j, p);
+        return;
+    }
+    float mu[N], mean[N];
+    if (!means_of_logits<N>(j, p, mu, mean)) {
+        means_of_sigmoids<N>(j, p, mu, mean);
+    }
+    fuse_state<float, N> state;
+    start(&state);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        mean[k] = p.two ? mean[k] : mu[k];
+        if (j.need_u) {
+            state.doubt[k] = entropy_of(j, mu[k]);
+        }
+    }
+    if (j.need_mean) {
+        take_mean<N>(j, p, 0, mean, &state);
+    }
+    finish<N>(j, p, state);
+}
+
+/* ---- source by source --------------------------------------------------------------------------
+ */
+
+/* The probabilities of a source's C <= MOST classes. */
+template <int MOST, typename T, typename R>
+SS_DEVICE void softmax(const fuse_job<R> &j, const fuse_place &p, int s, R *x) {
+    const int64_t at = p.b * j.C * j.V + p.v;
+    const int C = (int)j.C;
+#pragma unroll
+    for (int c = 0; c < MOST; ++c) {
+        x[c] = c < C ? element<T>(j, s, at + c * j.V) : (R)0;
+    }
+    R most = x[0], sum = 0;
+#pragma unroll
+    for (int c = 1; c < MOST; ++c) {
+        most = c < C && x[c] > most ? x[c] : most;
+    }
+#pragma unroll
+    for (int c = 0; c < MOST; ++c) {
+        if (c < C) {
+            x[c] = fuse_exp(x[c] - most);
+            sum += x[c];
+        }
+    }
+    const R inverse = (R)1 / sum;
+#pragma unroll
+    for (int c = 0; c < MOST; ++c) {
+        x[c] = divided(x[c], sum, inverse);
+    }
+}
+
+template <int MOST, typename R> SS_DEVICE R entropy_of_all(const fuse_job<R> &j, const R *x) {
+    R h = 0;
+#pragma unroll
+    for (int c = 0; c < MOST; ++c) {
+        if (c < (int)j.C) {
+            h += entropy_of(j, x[c]);
+        }
+    }
+    return h;
+}
+
+/* MOST 16 is for one mean alone: two would not fit into the registers. */
+template <int MOST, typename R>
+SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_softmax(fuse_job<R> j) {
+    enum { LAB = MOST > 8 ? 1 : MOST };
+    const fuse_place p = place_of(j, 1);
+    if (p.v >= j.V) {
+        return;
+    }
+    if (!p.known) {
+        unknown<1>(j, p);
+        return;
+    }
+    const bool mi = j.need_u && j.unc == UNC_MI, two = LAB == MOST && p.two;
+    R ref_u[MOST], ref_l[LAB], mu[MOST], mean[LAB], spread = 0, h_ref = 0;
+    FUSE_FOR_DTYPE(j, R, T, softmax<MOST, T>(j, p, p.ref_u, ref_u));
+    if (two) {
+        FUSE_FOR_DTYPE(j, R, T, softmax<LAB, T>(j, p, p.ref_l, ref_l));
+    }
+#pragma unroll
+    for (int c = 0; c < MOST; ++c) {
+        mu[c] = mean[c % LAB] = 0;
+    }
+    if (mi) {
+        h_ref = entropy_of_all<MOST>(j, ref_u);
+    }
+    for (int e = p.first; e < p.first + p.n; ++e) {
+        const int s = j.entry[e];
+        const R r_unc = j.r_unc[e], r_lab = two ? j.r_lab[e] : (R)0;
+        R x[MOST];
+        FUSE_FOR_DTYPE(j, R, T, softmax<MOST, T>(j, p, s, x));
+        if (r_unc > 0) {
+#pragma unroll
+            for (int c = 0; c < MOST; ++c) {
+                if (c < (int)j.C) {
+                    const R d = x[c] - ref_u[c], t = r_unc * d;
+                    mu[c] += t;
+                    spread += mi ? (R)0 : t * d;
+                }
+            }
+            if (mi) {
+                spread += r_unc * (entropy_of_all<MOST>(j, x) - h_ref);
+            }
+        }
+        if (r_lab > 0) {
+#pragma unroll
+            for (int c = 0; c < LAB; ++c) {
+                mean[c] += r_lab * (x[c] - ref_l[c]);
+            }
+        }
+    }
+    fuse_state<R, 1> state;
+    start(&state);
+#pragma unroll
+    for (int c = 0; c < MOST; ++c) {
+        if (c < (int)j.C) {
+            spread -= mi ? (R)0 : mu[c] * mu[c];
+            mu[c] += ref_u[c];
+            const R pbar = two ? mean[c % LAB] + ref_l[c % LAB] : mu[c];
+            if (j.need_mean) {
+                take_mean<1>(j, p, c, &pbar, &state);
+            }
+        }
+    }
+    state.doubt[0] = spread;
+    if (j.need_u && j.unc != UNC_VAR) {
+        state.doubt[0] = entropy_of_all<MOST>(j, mu);
+        if (mi) {
+            state.doubt[0] = (state.doubt[0] - h_ref) - spread;
+        }
+    }
+    finish<1>(j, p, state);
+}
+
+/* ---- checks: the CPU's -------------------------------------------------------------------------
+ */
+
+static const char *name_of(int32_t dtype) {
+    return dtype == SS_F64 ? "f64" : (dtype == SS_F32 ? "f32" : (dtype == SS_F16 ? "f16" : "bf16"));
+}
+
+static double weight_at(const ss_doubles *r, int64_t s, int64_t b, int64_t S, int64_t B) {
+    return r->at[r->n == S ? s : s * B + b];
+}
+
+/* Checks one sample's column of weights: its sum and the first source of largest weight, -1 if all
+ * are 0. */
+static ss_status column(ss_exec *x, const char *name, const ss_doubles *r, int64_t b,
+                        const ss_fuse_args *a, double *sum, int *ref) {
+    const int64_t S = a->sources.n, B = a->sources.at[0].shape[0];
+    double most = 0;
+    *sum = 0;
+    *ref = -1;
+    for (int64_t s = 0; s < S; ++s) {
+        double v = weight_at(r, s, b, S, B);
+        if (!(v >= 0) || v > 2) {
+            return ss_cuda_fail(x, SS_INVALID,
+                                "%s: expected weights from 0 to 1, got %g for source %lld", name, v,
+                                (long long)s);
+        }
+        *sum += v;
+        if (v > most) {
+            most = v;
+            *ref = (int)s;
+        }
+    }
+    if (*ref >= 0 && !(*sum > 1 - 1e-4 && *sum < 1 + 1e-4)) {
+        return ss_cuda_fail(x, SS_INVALID,
+                            "%s: expected weights that sum to 1 (divide them by their sum), got a "
+                            "sum of %g for sample %lld",
+                            name, *sum, (long long)b);
+    }
+    return SS_OK;
+}
+
+static ss_status columns(ss_exec *x, const ss_fuse_args *a, int64_t b, double *sum, int *ref) {
+    SS_TRY(column(x, "weights", &a->weights, b, a, sum, ref));
+    SS_TRY(column(x, "uncertainty_weights", &a->uncertainty_weights, b, a, sum + 1, ref + 1));
+    if ((ref[0] < 0) != (ref[1] < 0)) {
+        return ss_cuda_fail(x, SS_INVALID,
+                            "uncertainty_weights: expected all 0 exactly where weights are, got "
+                            "something else for sample %lld",
+                            (long long)b);
+    }
+    return SS_OK;
+}
+
+static ss_status check(ss_exec *x, const ss_fuse_args *a) {
+    const ss_tensor *first = a->sources.at;
+    const int64_t S = a->sources.n, B = first->shape[0], C = first->shape[1], K = C == 1 ? 2 : C;
+    const char *names[] = {"weights", "uncertainty_weights"};
+    const int64_t counts[] = {a->weights.n, a->uncertainty_weights.n};
+    for (int i = 0; i < 2; ++i) {
+        if (counts[i] != S && counts[i] != S * B) {
+            return ss_cuda_fail(x, SS_INVALID,
+                                "%s: expected one weight per source (%lld), or per source and "
+                                "sample (%lld), got %lld",
+                                names[i], (long long)S, (long long)(S * B), (long long)counts[i]);
+        }
+    }
+    for (int64_t s = 1; s < S; ++s) {
+        if ((first[s].dtype == SS_F64) != (first->dtype == SS_F64)) {
+            return ss_cuda_fail(x, SS_WRONG_TYPE,
+                                "sources: expected float64 for all or for none, got %s beside %s",
+                                name_of(first[s].dtype), name_of(first->dtype));
+        }
+    }
+    if (a->channels != C && !(a->channels == 2 && C == 1)) {
+        return ss_cuda_fail(x, SS_INVALID,
+                            "channels: expected %lld (or 2 for one-channel sources), got %lld",
+                            (long long)C, (long long)a->channels);
+    }
+    if (a->want_label && a->ignore_index < K) {
+        return ss_cuda_fail(x, SS_INVALID,
+                            "ignore_index: expected a number from %lld to 255, got %lld",
+                            (long long)K, (long long)a->ignore_index);
+    }
+    bool any = false;
+    for (int64_t b = 0; b < (counts[0] == S && counts[1] == S ? 1 : B); ++b) {
+        double sum[2];
+        int ref[2];
+        SS_TRY(columns(x, a, b, sum, ref));
+        any |= ref[0] >= 0;
+    }
+    return any ? SS_OK
+               : ss_cuda_fail(x, SS_INVALID,
+                              "weights: expected at least one weight above 0, got none");
+}
+
+/* ---- launches ----------------------------------------------------------------------------------
+ */
+
+/* What does not depend on the sample. */
+template <typename R> static fuse_job<R> job_of(const ss_fuse_args *a) {
+    fuse_job<R> j = {};
+    const ss_tensor *t = a->sources.at;
+    j.C = t->shape[1];
+    j.V = t->shape[2];
+    const int64_t K = j.C == 1 ? 2 : j.C;
+    const int from_u = a->want_weight && a->weighting <= WEIGHT_GATE;
+    j.logits = a->logits != 0;
+    j.rows = (int32_t)(j.C == 2 && a->logits ? 1 : j.C);
+    j.pair = a->channels == 2 && j.rows == 1;
+    j.unc = (int8_t)a->unc;
+    j.weighting = (int8_t)a->weighting;
+    j.gated = a->want_label && a->tau_u < 1;
+    j.need_u = a->want_uncertainty || j.gated || from_u;
+    j.need_mean = a->want_mean || a->want_label || a->want_confidence ||
+                  (a->want_weight && a->weighting == WEIGHT_CONF);
+    j.sigmoids = sizeof(R) == 4 && j.rows == 1 && a->logits && a->sources.n > 2 &&
+                 !(j.need_u && a->unc != UNC_ENT);
+    j.ignore = (int32_t)a->ignore_index;
+    const double chance = 1.0 / (double)K;
+    /* Both classes of a foreground row have the same variance. */
+    const double var = (j.rows == 1 ? 2.0 : 1.0) / (1.0 - chance);
+    j.scale = (R)(a->unc == UNC_VAR ? var : 1.0 / log((double)K));
+    j.offset = (R)a->log_offset;
+    j.tau_c = (R)a->tau_c;
+    j.tau_u = (R)a->tau_u;
+    j.rate = (R)(a->kappa * -1.4426950408889634); /* of 2^ instead of e^ */
+    j.chance = (R)chance;
+    j.mean = a->want_mean ? (R *)a->mean.data : nullptr;
+    j.confidence = a->want_confidence ? (R *)a->confidence.data : nullptr;
+    j.u = a->want_uncertainty ? (R *)a->uncertainty.data : nullptr;
+    j.weight = a->want_weight ? (R *)a->weight.data : nullptr;
+    j.label = a->want_label ? (uint8_t *)a->label.data : nullptr;
+    j.all = t->dtype;
+    for (int64_t s = 0; s < a->sources.n; ++s) {
+        j.source[s] = t[s].data;
+        j.dtype[s] = (uint8_t)t[s].dtype;
+        j.all = t[s].dtype == t->dtype ? j.all : -1;
+    }
+    return j;
+}
+
+/* Whether N voxels of a thread are one piece of memory everywhere. */
+template <typename R> static bool in_pieces(const fuse_job<R> &j, int64_t S, int N) {
+    bool yes = N > 1 && j.all >= 0 && j.V % N == 0;
+    for (int64_t s = 0; s < S; ++s) {
+        yes = yes && ss_aligned16(j.source[s]);
+    }
+    return yes && ss_aligned16(j.mean) && ss_aligned16(j.confidence) && ss_aligned16(j.u) &&
+           ss_aligned16(j.weight) && (uintptr_t)j.label % N == 0;
+}
+
+/* The list of sample b as number `at` of the launch. */
+template <typename R>
+static ss_status list_sources(ss_exec *x, const ss_fuse_args *a, int64_t b, int at,
+                              fuse_job<R> *j) {
+    const int64_t S = a->sources.n, B = a->sources.at[0].shape[0];
+    double sum[2], r[2][SS_MAX_LIST];
+    int ref[2], n = at * j->stride;
+    SS_TRY(columns(x, a, b, sum, ref));
+    j->count[at] = 0;
+    j->kind[at] = FUSE_UNKNOWN;
+    if (ref[0] < 0) {
+        return SS_OK;
+    }
+    for (int64_t s = 0; s < S; ++s) {
+        r[0][s] = weight_at(&a->weights, s, b, S, B) / sum[0];
+        r[1][s] = weight_at(&a->uncertainty_weights, s, b, S, B) / sum[1];
+    }
+    const bool same = memcmp(r[0], r[1], (size_t)S * sizeof(double)) == 0;
+    const bool two = j->need_u && j->need_mean && !same;
+    const int mu = j->need_u ? 1 : 0;
+    j->kind[at] = two ? FUSE_TWO : FUSE_ONE;
+    j->ref_l[at] = (uint8_t)ref[0];
+    j->ref_u[at] = (uint8_t)ref[mu];
+    for (int s = 0; s < S; ++s) { /* a reference differs from itself by nothing */
+        double lab = two && (j->sigmoids || s != ref[0]) ? r[0][s] : 0;
+        double unc = j->sigmoids || s != ref[mu] ? r[mu][s] : 0;
+        if (lab > 0 || unc > 0) {
+            j->r_lab[n] = (R)lab;
+            j->r_unc[n] = (R)unc;
+            j->entry[n++] = (uint8_t)s;
+            ++j->count[at];
+        }
+    }
+    j->any_two |= two;
+    return SS_OK;
+}
+
+/* One launch for `samples` samples. */
+template <typename R>
+static ss_status launch(ss_exec *x, fuse_job<R> *j, int64_t S, int64_t samples) {
+    int threads = THREADS, n = 16 / (int)sizeof(R);
+    const bool softmax = j->logits && j->C > 2;
+    const bool many = softmax && j->C > (sizeof(R) == 8 || j->any_two ? 8 : 16);
+    if (softmax) {
+        n = 1;
+    }
+    if (many) {
+        threads = S + 2 <= MANY_SLOTS ? MANY_THREADS : SS_WARP;
+    }
+    j->vector = in_pieces(*j, S, n);
+    const bool pieces = j->vector && !j->logits && !(j->need_u && j->unc == UNC_MI);
+    j->chunks = ss_blocks(j->V, threads * n);
+    const unsigned blocks = (unsigned)(j->chunks * samples);
+    if (many) {
+        return SS_LAUNCH(x, blocks, threads, (size_t)(S + 2) * threads * 8, (k_fuse_many<R>), *j);
+    }
+    if constexpr (sizeof(R) == 4) {
+        if (softmax && j->C > 8) {
+            return SS_LAUNCH(x, blocks, threads, 0, (k_fuse_softmax<16, R>), *j);
+        }
+    }
+    if (softmax && j->C > 4) {
+        return SS_LAUNCH(x, blocks, threads, 0, (k_fuse_softmax<8, R>), *j);
+    }
+    if (softmax) {
+        return SS_LAUNCH(x, blocks, threads, 0, (k_fuse_softmax<4, R>), *j);
+    }
+    if constexpr (sizeof(R) == 4) {
+        if (pieces && j->all == SS_F32) {
+            return SS_LAUNCH(x, blocks, threads, 0, (k_fuse<fuse_pieces<float>, 4>), *j);
+        }
+        if (pieces && j->all == SS_F16) {
+            return SS_LAUNCH(x, blocks, threads, 0, (k_fuse<fuse_pieces<ss_half>, 4>), *j);
+        }
+        if (pieces && j->all == SS_BF16) {
+            return SS_LAUNCH(x, blocks, threads, 0, (k_fuse<fuse_pieces<ss_bfloat>, 4>), *j);
+        }
+    }
+    if constexpr (sizeof(R) == 4) {
+        if (j->sigmoids) {
+            return SS_LAUNCH(x, blocks, threads, 0, (k_fuse_sigmoids), *j);
+        }
+    }
+    return SS_LAUNCH(x, blocks, threads, 0, (k_fuse<fuse_any<R>, 2>), *j);
+}
+
+template <typename R> static ss_status run(ss_exec *x, const ss_fuse_args *a) {
+    const int64_t S = a->sources.n, B = a->sources.at[0].shape[0];
+    fuse_job<R> j = job_of<R>(a);
+    if (!j.need_u && !j.need_mean && !j.weight) {
+        return SS_OK;
+    }
+    if (a->weights.n == S && a->uncertainty_weights.n == S) {
+        SS_TRY(list_sources(x, a, 0, 0, &j));
+        return launch(x, &j, S, B);
+    }
+    j.stride = (int32_t)S;
+    const int64_t most = SS_MAX_LIST / S < MOST_SAMPLES ? SS_MAX_LIST / S : MOST_SAMPLES;
+    for (int64_t b = 0; b < B; b += most) {
+        const int64_t samples = B - b < most ? B - b : most;
+        for (int64_t i = 0; i < samples; ++i) {
+            SS_TRY(list_sources(x, a, b + i, (int)i, &j));
+        }
+        j.sample = b;
+        SS_TRY(launch(x, &j, S, samples));
+    }
+    return SS_OK;
+}
+
+ss_status SS_CUDA(fuse)(ss_exec *x, const ss_fuse_args *a) {
+    SS_TRY(check(x, a));
+    return a->sources.at[0].dtype == SS_F64 ? run<double>(x, a) : run<float>(x, a);
+}
+
+int64_t SS_CUDA_WORKSPACE(fuse)(const ss_fuse_args *a) {
+    (void)a;
+    return 0;
+}
