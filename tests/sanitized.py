@@ -21,17 +21,8 @@ LEAVE_OUT = tuple(
     f"test_{area}.py"
     for area in (
         *("hygiene", "vectorised", "packaging", "torch", "docs", "config", "specialists", "data", "sampling"),
-        *(
-            "phantom",
-            "cache",
-            "inference",
-            "evaluation",
-            "trainer",
-            "report",
-            "demo",
-            "notebooks",
-            "end_to_end",
-        ),
+        *("phantom", "cache", "inference", "evaluation", "trainer", "report", "demo", "notebooks"),
+        *("cuda", "cuda_rehearsal", "end_to_end"),
     )
 )
 

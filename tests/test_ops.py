@@ -23,7 +23,7 @@ def tree_map(f, value):
     return f(value) if isinstance(value, (np.ndarray, torch.Tensor)) else value
 
 
-def make(case: Case, dtype: str):
+def make(case: Case, dtype: str, seed: int = 7):
     """Inputs as torch tensors, floating ones in `dtype` unless the schema fixes theirs."""
     given = [arg for arg in ops.SCHEMA[case.op] if arg.kind != "out"]
 
@@ -31,7 +31,7 @@ def make(case: Case, dtype: str):
         t = torch.from_numpy(np.ascontiguousarray(a))
         return t.to(TORCH_DTYPE[dtype]) if t.is_floating_point() and dtype and not fixed else t
 
-    values = case.inputs(np.random.default_rng(7))
+    values = case.inputs(np.random.default_rng(seed))
     return [
         tree_map(lambda a, fixed=arg.dtype == "f64": cast(a, fixed), v)
         for arg, v in zip(given, values, strict=True)
