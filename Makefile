@@ -9,6 +9,8 @@
 # make notebooks strips the notebooks of what they printed, and runs them
 # make lib       build/lib/libsemisam.{a,so}, no Python needed
 # make install   PREFIX=/usr/local DESTDIR=
+# make gpu       what needs a GPU: its tests, compute-sanitizer, benchmark: results in build/gpu or $OUT
+# make sanitize-cuda   compute-sanitizer over a part of tests/test_cuda.py
 #
 # Everything is built in build/. PIP_FLAGS goes to pip: an index with CPU builds of torch, named
 # there, saves gigabytes of CUDA packages.
@@ -30,7 +32,7 @@ BUILD := build
 .DEFAULT_GOAL := help
 .PHONY: help
 help:
-	@sed -n 's/^# \{0,1\}//; 3,15p' Makefile
+	@sed -n 's/^# \{0,1\}//; 3,17p' Makefile
 
 # ---- the library, with and without sanitizers -----------------------------------------------------
 
@@ -208,6 +210,13 @@ asan: build
 
 bench: build
 	$(PY) -m benchmarks.run
+
+# No setup: a machine with a GPU may have no network; .ci/gpu takes the Python whose torch sees the GPU.
+.PHONY: gpu sanitize-cuda
+gpu:
+	sh .ci/gpu
+sanitize-cuda:
+	sh .ci/sanitize-cuda $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 # Ends with pytest's closing line.
 test: setup
