@@ -15,7 +15,7 @@ import pytest
 import torch
 from generalist_fakes import Fake
 
-from semisam import SemiSAMTerm
+from semisam import SemiSAMTerm, _memory
 from semisam.generalists import cache as caching
 from semisam.generalists.cache import EncoderCache, WeightsHash
 from semisam.generalists.sam_med3d import SamMed3D
@@ -417,3 +417,132 @@ def test_several_writers_share_a_folder(tmp_path):
     assert files
     assert all(f.suffix == ".safetensors" for f in files)
     assert sum(f.stat().st_size for f in files) <= 0.1 * 2**20
+
+
+# ---- in a training ------------------------------------------------------------------------------
+
+
+def small_sam():
+    """A generalist by its dotted name."""
+    return sam_med3d()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    from semisam.engine.phantom import write_phantoms  # noqa: PLC0415
+
+    root = tmp_path_factory.mktemp("phantoms")
+    return write_phantoms(root, labeled=2, unlabeled=2, test=0, shape=(20, 20, 20))
+
+
+def settings(data, **more):
+    from semisam.engine import config  # noqa: PLC0415
+
+    changed = {
+        "data.root": str(data),
+        "specialist.options": {"channels": [4, 8]},
+        "term.generalists": ["test_cache.small_sam"],
+        "term.options": {"clicks": 2, "lam_sam": 5.0, "warmup": 0.0, "sample_gate": 0.0, "p_min": 0.0},
+        "term.gate": False,
+        "train.patch_size": [16, 16, 16],
+        "train.steps": 6,
+        "train.device": "cpu",
+        "train.log_every": 1,
+    }
+    return config.load(settings=[*changed.items(), *((k.replace("__", "."), v) for k, v in more.items())])
+
+
+ROUNDS = {"term__offline": True, "term__offline_start": 2, "term__refresh": 2}
+
+
+def test_rounds_over_the_same_scans_encode_them_once(data, tmp_path, capsys):
+    """By default in memory; another run finds what one left in a folder; all have the same weights."""
+    from semisam.engine import checkpoint, trainer  # noqa: PLC0415
+
+    found, said = [], []
+    for name, cache in (("none", "off"), ("ram", "auto"), ("a", tmp_path / "kept"), ("b", tmp_path / "kept")):
+        out = tmp_path / name
+        trainer.train(settings(data, **ROUNDS, term__cache=str(cache)), out)
+        found.append(checkpoint.read(out / "last.ckpt")["student"])
+        text = capsys.readouterr()
+        lines = [line for line in (text.out + text.err).splitlines() if "labeled as wholes" in line]
+        said.append([line.partition("mean weight ")[2].partition(", ")[2] for line in lines])
+    assert said[0] == ["", ""]
+    assert said[1] == said[2] == ["0 images known before", "2 images known before"]
+    assert said[3] == ["2 images known before"] * 2
+    for state in found[1:]:
+        assert all(torch.equal(state[k], v) for k, v in found[0].items())
+
+
+def test_the_log_has_hits_misses_seconds_and_memory(tmp_path):
+    """Two scans of 17^3 have 16 patches of 16^3, some of which come again."""
+    from semisam.engine import trainer  # noqa: PLC0415
+    from semisam.engine.files import read_table  # noqa: PLC0415
+    from semisam.engine.phantom import write_phantoms  # noqa: PLC0415
+
+    data = write_phantoms(tmp_path / "data", labeled=2, unlabeled=2, test=0, shape=(17, 17, 17))
+    trainer.train(settings(data, term__cache=True, train__augment=False), tmp_path / "run")
+    rows = read_table(tmp_path / "run" / "log.csv")
+    hits, misses = ([int(row[f"term_cache_{what}"]) for row in rows] for what in ("hits", "misses"))
+    assert [h + m for h, m in zip(hits, misses, strict=True)] == [2] * 6
+    assert sum(hits) >= 2
+    assert misses[0] == 2
+    assert all(float(row["term_s"]) > 0 for row in rows)
+    if _memory._begin() is not None:
+        assert all(float(row["term_mb"]) >= 0 for row in rows)
+        assert float(rows[0]["term_mb"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        ({"term__cache": "file/inside"}, "term.cache: .*file/inside: expected a folder"),
+        ({"term__cache": ""}, "term.cache: expected auto, off, ram or a folder, got nothing"),
+        ({"term__cache_mb": -1}, "term.cache_mb: expected at least 0, got -1"),
+        (
+            {"term__preset": "published", "term__cache": "ram"},
+            "term.cache: expected off with the preset 'publ",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit(more, error, data, tmp_path, monkeypatch):
+    from semisam.engine import config, trainer  # noqa: PLC0415
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(config.ConfigError, match=error):
+        trainer.train(settings(data, **more), tmp_path / "run")
+
+
+def test_generalists_without_anything_to_keep_are_told_of(data, tmp_path, capsys):
+    from semisam.engine import trainer  # noqa: PLC0415
+
+    more = {"term__cache": "ram", "term__generalists": ["random-walker"], "train__steps": 1}
+    trainer.train(settings(data, **more), tmp_path / "run")
+    text = capsys.readouterr()
+    assert "term.cache: these generalists have no encoder outputs" in text.out + text.err
+
+
+# ---- what a part of a step costs ----------------------------------------------------------------
+
+
+def test_memory_that_is_only_needed_for_a_while_counts():
+    with _memory.cost_of("cpu") as little:
+        pass
+    with _memory.cost_of("cpu") as much:
+        bytearray(b"x" * (64 << 20)).clear()
+    assert much.seconds > 0
+    if _memory._begin() is None:
+        assert little.mib is much.mib is None
+    else:
+        assert little.mib is not None
+        assert much.mib is not None
+        assert little.mib < 32
+        assert much.mib > 56
+
+
+def test_where_nobody_tells_there_is_no_number(monkeypatch, tmp_path):
+    monkeypatch.setattr(_memory, "_PROCESS", tmp_path / "nowhere")
+    with _memory.cost_of("cpu") as cost:
+        pass
+    assert cost.mib is None

@@ -84,7 +84,7 @@ def same(a, b):
 
 
 def losses(run):
-    clocks = ("seconds", "term_ms_generalist", "term_ms_rest")
+    clocks = ("seconds", "term_ms_generalist", "term_ms_rest", "term_s", "term_mb")
     return [{k: v for k, v in row.items() if k not in clocks} for row in read_table(run / "log.csv")]
 
 
@@ -142,6 +142,9 @@ def test_tables_have_their_columns(whole):
     assert set(log[0]) >= {"lr", "seconds", "term_weight", "term_mean_u", "term_clicks", "term_skipped"}
     assert {row["term_failed_rows"] for row in log} == {"0"}
     assert float(log[-1]["term_ms_rest"]) > 0
+    assert float(log[-1]["term_s"]) >= float(log[-1]["term_ms_rest"]) / 1e3
+    assert all(row["term_mb"] == "" or float(row["term_mb"]) >= 0 for row in log)
+    assert {row[f"term_cache_{what}"] for row in log for what in ("hits", "misses")} == {"0"}
     assert float(log[0]["lr"]) == 0.01
     assert float(log[3]["lr"]) == pytest.approx(0.01 * 0.5**0.9)
     validation = read_table(whole / "validation.csv")

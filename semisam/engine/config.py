@@ -21,6 +21,7 @@ __all__ = [
     "SpecialistConfig",
     "TermConfig",
     "TrainConfig",
+    "cache_of",
     "check",
     "differences",
     "dump",
@@ -111,6 +112,9 @@ class TermConfig:
     offline_start: int | None = None  # steps before the first round of them; None: a quarter of the training
     offline_from: str | None = None  # a run folder whose network makes the first round before any step
     refresh: int = 0  # steps from one round to the next; 0: there is one only
+    cache: str | bool = "auto"  # of encoder outputs: auto (ram where scans come again) | off | ram | a folder
+    cache_ram_mb: int = 512  # MiB of memory for it
+    cache_mb: int = 8192  # MiB of files for it
     position_prior: float = 0.0  # of an offline run: how strongly the place of organs in labeled scans counts
 
 
@@ -373,6 +377,8 @@ _AT_LEAST = {
     "term.offline_start": 0,
     "term.refresh": 0,
     "term.position_prior": 0,
+    "term.cache_ram_mb": 0,
+    "term.cache_mb": 0,
     "train.steps": 1,
     "train.batch_size": 1,
     "train.labeled_batch": 1,
@@ -432,10 +438,36 @@ def check(config: Config) -> None:
         _check_term(config)
 
 
+def cache_of(config: Config) -> str:
+    """Return where encoder outputs are kept: "off", "ram", or a folder.
+
+    `term.cache`; by default in memory where whole scans come again: in an offline run of several rounds, and
+    one whose gate asks with and without a position prior. Patches, which augmentation draws, hardly do.
+
+    >>> from semisam.engine import config
+    >>> config.cache_of(config.Config())
+    'off'
+    >>> config.cache_of(config.load(settings=[("term.offline", True), ("term.refresh", 100)]))
+    'ram'
+    """
+    term = config.term
+    if isinstance(term.cache, bool):  # YAML's off and on
+        return "ram" if term.cache else "off"
+    again = term.refresh > 0 or (term.gate and term.position_prior > 0)
+    return term.cache if term.cache != "auto" else "ram" if term.offline and again else "off"
+
+
 def _check_term(config: Config) -> None:
     term = config.term
     if not term.generalists:
         raise ConfigError("term.generalists: expected at least one name for a semisam method, got none")
+    if not cache_of(config):
+        raise ConfigError("term.cache: expected auto, off, ram or a folder, got nothing")
+    if term.preset == PUBLISHED and cache_of(config) != "off":
+        raise ConfigError(
+            "term.cache: expected off with the preset 'published', as the published scripts encode in every "
+            f"step, got {term.cache!r}"
+        )
     if not term.offline:
         if term.position_prior:
             raise ConfigError(

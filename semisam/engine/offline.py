@@ -31,7 +31,7 @@ from semisam.engine.files import atomic, write_text
 from semisam.engine.position import PositionPrior
 from semisam.engine.sampling import PatchSource
 from semisam.engine.scans import Case
-from semisam.engine.setup import TrainingError
+from semisam.engine.setup import MAY_CHANGE, TrainingError
 from semisam.methods.base import PseudoLabel
 
 __all__ = [
@@ -270,8 +270,9 @@ def _mark(config: Config, network: Any, term: Any, prior: PositionPrior | None) 
     settings = dump(config)
     chosen = {"data": settings["data"], "term": settings["term"], "state": term.state_dict()}
     chosen["train"] = {k: settings["train"][k] for k in ("patch_size", "precision", "memory_format", "seed")}
-    for name in ("root", "workers", "cache"):  # may change between a kill and going on
-        chosen["data"].pop(name)
+    for name in MAY_CHANGE:  # between a kill and going on
+        section, _, key = name.partition(".")
+        chosen.get(section, {}).pop(key, None)
     digest.update(json.dumps(chosen, sort_keys=True, default=str).encode())
     if prior is not None:
         digest.update(prior.distance.tobytes())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from semisam import specialists
-from semisam.engine.config import PUBLISHED, Config, ConfigError, differences
+from semisam.engine.config import PUBLISHED, Config, ConfigError, cache_of, differences
 from semisam.engine.config import load as load_config
 
 __all__ = ["TrainingError", "build_term", "check_data", "check_folder", "check_patch", "overlaps"]
@@ -17,6 +17,7 @@ __all__ = ["TrainingError", "build_term", "check_data", "check_folder", "check_p
 MAY_CHANGE = {
     *("data.root", "data.workers", "data.cache", "train.device"),
     *("train.log_every", "train.checkpoint_every", "train.tensorboard"),
+    *("term.cache", "term.cache_ram_mb", "term.cache_mb"),
 }
 """Settings that a resumed run may change: they do not decide about the weights."""
 
@@ -58,7 +59,7 @@ def build_term(config: Config, spatial_dims: int | None = None, classes: int = 1
         if term.preset == PUBLISHED:
             built: SemiSAMTerm = PublishedTerm(made, makers=makers, **course, **term.options)
         else:
-            built = SemiSAMTerm(made, preset=term.preset, **course, **term.options)
+            built = SemiSAMTerm(made, preset=term.preset, cache=_cache(config), **course, **term.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"term.options: {error}") from error
     if spatial_dims is not None:
@@ -67,6 +68,19 @@ def build_term(config: Config, spatial_dims: int | None = None, classes: int = 1
         except ValueError as error:
             raise ConfigError(f"term.generalists: {error}") from error
     return built
+
+
+def _cache(config: Config) -> Any:
+    from semisam.generalists.cache import EncoderCache  # noqa: PLC0415
+
+    where, term = cache_of(config), config.term
+    if where == "off":
+        return None
+    try:
+        folder = None if where == "ram" else where
+        return EncoderCache(folder, ram_mb=term.cache_ram_mb, disk_mb=term.cache_mb)
+    except OSError as error:
+        raise ConfigError(f"term.cache: {where}: expected a folder, or none yet: {error.strerror}") from error
 
 
 def overlaps(term: Any, case_set: Any) -> list[str]:

@@ -35,13 +35,15 @@ from semisam.engine.published import LeakedLabels
 from semisam.engine.sampling import PatchSource
 from semisam.engine.setup import TrainingError, build_term, check_data, check_folder, check_patch, overlaps
 from semisam.engine.stepper import NotFinite, Stepper, fabric_for
+from semisam.generalists.cache import can_be_cached
 
 __all__ = ["CheckpointError", "Interrupted", "Loaded", "Run", "TrainingError", "load", "train"]
 
 DIAGNOSTICS = (
     *("term_weight", "term_mean_u", "term_agreement", "term_clicks", "term_skipped", "term_failed_rows"),
-    *("term_ms_generalist", "term_ms_rest"),
+    *("term_ms_generalist", "term_ms_rest", "term_s", "term_mb", "term_cache_hits", "term_cache_misses"),
 )
+ROUNDED = ("term_ms_generalist", "term_ms_rest", "term_s", "term_mb")
 SAMPLES = 6
 
 
@@ -184,6 +186,8 @@ class _Training:
         if methods.needs_term(config.method.name):
             self.term = build_term(config, case_set.spatial_dims, self.meta["num_classes"] - 1)
             self.overlaps = overlaps(self.term, case_set)
+            if self.first and self.term.cache is not None and not self._cached():
+                say("term.cache: these generalists have no encoder outputs that could be kept")
         self._open_labels(case_set)
         if self.term is not None and config.term.offline and self.split.unlabeled:
             soft = self.term.settings["target"] == "soft"
@@ -200,6 +204,10 @@ class _Training:
         self.stepper = Stepper(self.fabric, config.train, self.method, config.train.steps)
         self.done = 0
         self._open_folder(command)
+
+    def _cached(self) -> list[str]:
+        """Names of the generalists whose encoder outputs are kept."""
+        return [name for name, made in self.term.generalists.items() if can_be_cached(made)]
 
     def _open_labels(self, case_set: CaseSet) -> None:
         """For the leaky reference, and loudly."""
@@ -273,7 +281,8 @@ class _Training:
         other = self.config.term.offline_from
         if step == 0 and other:
             teacher = offline.network_from(other, self.meta, self.fabric.device)
-        place = offline.place_of(self.out, step)
+        place, cache = offline.place_of(self.out, step), self.term.cache
+        known = 0 if cache is None else cache.hits
         alone = self.fabric.world_size == 1  # ranks have different numbers of scans
         offline.label_scans(
             *(self.config, self.source, teacher, self.term, place, step),
@@ -286,7 +295,10 @@ class _Training:
         if self.first:
             rows = offline.write_table(self.source, place)
             share = sum(row["weight"] for row in rows) / len(rows)
-            say(f"step {step}: {len(rows)} unlabeled scans labeled as wholes, mean weight {share:.3f}")
+            cached = f", {cache.hits - known} images known before" if cache is not None else ""
+            say(
+                f"step {step}: {len(rows)} unlabeled scans labeled as wholes, mean weight {share:.3f}{cached}"
+            )
         self.fabric.barrier()
 
     def _position_prior(self) -> Any:
@@ -468,7 +480,7 @@ class _Training:
             row = {**values, **self.method.measured, "seconds": round(self.meta["seconds"], 3)}
             if self.term is not None:
                 found = {name: self.term.diagnostics.get(name.removeprefix("term_")) for name in DIAGNOSTICS}
-                row |= {n: round(v, 3) if n.startswith("term_ms") else v for n, v in found.items()}
+                row |= {n: round(v, 3) if n in ROUNDED and v is not None else v for n, v in found.items()}
             self.tables["log"].add(step=self.done, **row)
             if self.board is not None:
                 for name, value in row.items():

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import semisam
+from semisam._memory import cost_of
 from semisam.losses import Term, voxel_loss
 from semisam.schedules import consistency_weight, ema_decay
 
@@ -180,7 +181,9 @@ class Method:
         """
         if self.term is None:
             return {}
-        value = self._taught(batch, logits[batch.labeled :], source, step)
+        with cost_of(batch.image.device) as cost:
+            value = self._taught(batch, logits[batch.labeled :], source, step)
+        self.term.diagnostics |= {"s": cost.seconds, "mb": cost.mib}
         if ranks() > 1:  # it is a mean over the samples that have something to teach
             found = self.term.diagnostics
             kept = torch.tensor(float(len(found["weight_share"]) - found["skipped"]))
