@@ -490,7 +490,6 @@ def test_the_log_has_hits_misses_seconds_and_memory(tmp_path):
     assert all(float(row["term_s"]) > 0 for row in rows)
     if _memory._begin() is not None:
         assert all(float(row["term_mb"]) >= 0 for row in rows)
-        assert float(rows[0]["term_mb"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -546,3 +545,40 @@ def test_where_nobody_tells_there_is_no_number(monkeypatch, tmp_path):
     with _memory.cost_of("cpu") as cost:
         pass
     assert cost.mib is None
+
+
+def test_bytes_of_live_tensors_are_counted():
+    """What the benchmark of memory rests on: storages once, gone ones no more, backward passes, too."""
+    from benchmarks.memory import LiveBytes, specialist_memory, term_memory  # noqa: PLC0415
+
+    with LiveBytes() as count:
+        a = torch.zeros(1000, requires_grad=True)
+        made = 2 * a
+        view = made[:10]
+        assert (count.live, count.peak) == (8000, 8000)
+        del made
+        assert count.live == 8000  # the view keeps it
+        del view
+        assert (count.live, count.peak) == (4000, 8000)
+        torch.empty(0).sum()
+        (a * a).sum().backward()
+        assert count.live == 8000  # and its gradient
+        assert count.peak >= 12000
+        b = torch.zeros(500, dtype=torch.float64)
+        torch.add(b, 1, out=b)
+        assert count.live == 12000
+    small = {"side": 16, "classes": 1, "precision": "float32", "architecture": Architecture.small()}
+    found = [
+        term_memory(batch=b, clicks=k, generalists=g, **small)
+        for b, k, g in ((1, 2, 1), (1, 4, 1), (2, 4, 2))
+    ]
+    images_prob_logits = 5 * 16**3 * 4 / 2**20
+    weights = sum(t.nbytes for t in (*network().parameters(), *network().buffers())) / 2**20
+    for row, times in zip(found, (1, 1, 2), strict=True):
+        assert row["weights_mib"] == pytest.approx(times * weights)
+        assert row["given_mib"] == pytest.approx(times * images_prob_logits)
+        assert row["total_mib"] == pytest.approx(sum(row[f"{n}_mib"] for n in ("weights", "given", "term")))
+    assert 0 < found[0]["term_mib"] < found[1]["term_mib"] < found[2]["term_mib"]
+    two, three, four = (specialist_memory("unet3d", batch, 32) for batch in (2, 3, 4))
+    assert four - three == pytest.approx(three - two, rel=0.01)
+    assert three - two > 20
