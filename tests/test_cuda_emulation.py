@@ -138,9 +138,9 @@ def random_loss(seed: int):
     """Inputs of `voxel_loss_forward`: terms, samples, dtypes and sizes at random."""
     r = np.random.default_rng(seed)
     activation = int(r.choice([0, 0, 0, 1, 2]))
-    c = int(r.choice([2, 2, 2, 3, 4, 5, 16, 17, 33] if activation == 0 else [1, 2, 3]))
-    b, s = int(r.integers(1, 4)), int(r.choice([1, 7, 64, 1000, 1024, 1500, 4096, 5000]))
-    s = min(s, 1500 if c > 5 else s)
+    c = int(r.choice([2, 2, 2, 3, 4, 5, 9, 16, 17, 33] if activation == 0 else [1, 2, 3]))
+    b, s = int(r.integers(1, 4)), int(r.choice([1, 7, 64, 1024, 1501, 4096, 9001, 16500]))
+    s = min(s, 1501 if c > 16 else s)
     logits = torch.from_numpy(r.random((b, c, s)) if activation == 2 else 3 * r.standard_normal((b, c, s)))
     logits = logits.to(r.choice([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
     targets, weights, params = [], [], []
@@ -223,7 +223,7 @@ def _plain_term(kind, target, weight, samples, channels):
 def test_faulty_labels_and_weights_count_as_weight_0(library):
     needs("voxel_loss_forward")
     r = np.random.default_rng(5)
-    for c in (2, 3, 20):
+    for c in (2, 3, 10, 20):
         z = r.standard_normal((2, c, 3000)).astype(np.float32)
         y = r.integers(0, c, (2, 3000)).astype(np.int32)
         w = r.random((2, 3000)).astype(np.float32)
@@ -248,7 +248,7 @@ def test_faulty_labels_and_weights_count_as_weight_0(library):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("channels", [2, 3, 20])
+@pytest.mark.parametrize("channels", [2, 3, 6, 20])
 def test_voxel_loss_of_logits_that_are_not_finite_is_the_cpus(bad, channels, library):
     needs("voxel_loss_forward")
     r = np.random.default_rng(2)
@@ -266,6 +266,10 @@ def test_voxel_loss_of_logits_that_are_not_finite_is_the_cpus(bad, channels, lib
             _core.voxel_loss_backward(z, [target], [], params, out[1], grad, 0, 1, out[2], *where)
             both.append(out)
         for cpu, ours in zip(*both, strict=True):
+            if cpu.ndim == 4:  # sums of a class that has a NaN among them: which ones does not matter
+                lost = np.isnan(cpu).any(-1)
+                assert (np.isnan(ours).any(-1) == lost).all()
+                cpu[lost] = ours[lost] = 0
             np.testing.assert_allclose(ours, cpu, rtol=1e-4, atol=1e-6)
 
 

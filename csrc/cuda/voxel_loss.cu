@@ -1,22 +1,29 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * voxel_loss.cu: any sum of losses on the same logits in one forward and one backward sweep.
+ * voxel_loss.cu: any sum of losses on the same logits in one forward and one
+ * backward sweep.
  *
- * Every loss is a function of a few sums over voxels (per term, sample and class):
+ * Every loss is a function of a few sums over voxels (per term, sample and
+ * class):
  *
- *     Dice      I = sum m p q, Z = sum m p^2 (linear: m p), Y = sum m q^2 (m q), W = sum m
- *     others    num = sum m d, den = sum m a_y (or sum m), W = sum m
- *               d: CE lse z - z_y, MSE sum_c (p - q)^2, KL sum_c q ln(q / p), entropy -sum_c p ln p
+ *     Dice      I = sum m p q, Z = sum m p^2 (linear: m p), Y = sum m q^2 (m
+ * q), W = sum m others    num = sum m d, den = sum m a_y (or sum m), W = sum m
+ *               d: CE lse z - z_y, MSE sum_c (p - q)^2, KL sum_c q ln(q / p),
+ * entropy -sum_c p ln p
  *
- * Launches forward: a sweep that writes the sums of each chunk, their sum in chunk order -> stats
- * [terms, B, C, 4], values [terms, B, C]. Backward: derivatives of the values by the sums, as the
- * factors of g_c = m (u q + v p + e) (Dice, MSE) or direct_c = m (u q + e) (CE, KL); then a sweep
- * dz = p (g - <p, g>) + direct terms. Many class weights (terms C > 144) travel in launches of
- * their own, since a graph must hold them. Least traffic per voxel: forward C logits, label and
- * weight, backward the same and C gradients; what the kernels here read is small.
- * Numerics: sums over chunks, losses and derivatives in double. Deterministic: chunks are decided
- * by the problem, and one thread adds every 32nd. On the CPU a wrong label or a negative weight is
- * an error; here such a voxel has weight 0 and is counted (forward). registers <= 64
+ * Launches forward: a sweep for each group of terms with fewer than five
+ * classes, one for all others; they write the sums of each chunk. Then their
+ * sum in chunk order -> stats [terms, B, C, 4], values [terms, B, C]. Backward:
+ * derivatives of the values by the sums, as the factors of a group
+ * (voxel_loss.cuh); then one sweep dz = p (g - <p, g>) + direct terms. Many
+ * class weights (terms C > 144) travel in launches of their own, since a graph
+ * must hold them. Least traffic per voxel: forward C logits, label and weight,
+ * backward the same and C gradients; what the kernels here read is small.
+ * Numerics: sums over chunks, losses and derivatives in double. Deterministic:
+ * chunks are decided by the problem, and one thread adds every 32nd. On the CPU
+ * a wrong label or a negative weight is an error; here such a voxel has weight
+ * 0 and is counted (forward). registers
+ * <= 64
  */
 #include "voxel_loss.cuh"
 
@@ -30,12 +37,15 @@ typedef struct rule {
     double smoothing, nr, dr, min_weight;
     double a_sum; /* of the class weights that Dice counts */
     int8_t kind, include_background, squared, batch, jaccard, reduction, pooled;
+    int8_t group;
+    int8_t few; /* its sums come from a sweep of its group */
 } rule;
 
 typedef struct rules {
-    int64_t B, C, S, chunks, rows;
-    int32_t activation, terms;
-    const double *part, *far;
+    int64_t B, C, S;
+    int64_t chunks[2], rows[2]; /* of voxel_loss_any.cu and of groups' sweeps */
+    int32_t activation, terms, groups;
+    const double *part[2], *far;
     double *stats;
     rule of[VL_TERMS];
     double near[VL_NEAR];
@@ -43,8 +53,9 @@ typedef struct rules {
 static_assert(sizeof(rules) <= 4000, "arguments of a kernel, with room for pointers");
 
 typedef struct plan {
-    vl_job job;
+    vl_job job; /* with all terms */
     rules rule;
+    vl_term group[VL_TERMS];
     const ss_tensor *targets, *weights;
     const double *params;
 } plan;
@@ -67,6 +78,26 @@ static int64_t count_of(const ss_tensor *t) {
         n *= t->shape[d];
     }
     return n;
+}
+
+static int64_t size_of(int32_t dtype) {
+    switch (dtype) {
+    case SS_BOOL:
+    case SS_U8:
+    case SS_I8:
+        return 1;
+    case SS_U16:
+    case SS_I16:
+    case SS_F16:
+    case SS_BF16:
+        return 2;
+    case SS_U32:
+    case SS_I32:
+    case SS_F32:
+        return 4;
+    default:
+        return 8;
+    }
 }
 
 static ss_status check_numbers(ss_exec *x, const plan *p, int64_t i, const double *f,
@@ -112,6 +143,22 @@ static ss_status look_at_target(ss_exec *x, const plan *p, vl_term *t, int32_t i
     return SS_OK;
 }
 
+/* How the ignored label looks in memory: its low bits as far as the dtype has them. */
+static void find_raw(vl_slot *s) {
+    const int64_t bits = 8 * size_of(s->label_dtype), i = s->ignore;
+    const bool is_signed =
+        s->label_dtype == SS_I8 || s->label_dtype == SS_I16 || s->label_dtype == SS_I32;
+    s->label_bytes = (int8_t)(bits / 8);
+    s->raw = bits < 32 ? (int32_t)((uint64_t)i & (((uint64_t)1 << bits) - 1)) : (int32_t)i;
+    bool fits = true; /* into 64 bits everything does, and INT32_MIN stands for
+                         what is larger */
+    if (bits < 64) {
+        const int64_t least = is_signed ? -((int64_t)1 << (bits - 1)) : 0;
+        fits = i >= least && i - least < (int64_t)1 << bits;
+    }
+    s->ignores_raw = s->ignores && fits;
+}
+
 /* Finds or makes the slot of a term that is number i. */
 static ss_status choose_slot(ss_exec *x, plan *p, int32_t i, const double *f) {
     vl_job *j = &p->job;
@@ -124,6 +171,8 @@ static ss_status choose_slot(ss_exec *x, plan *p, int32_t i, const double *f) {
         s.label_dtype = (int8_t)label->dtype;
         s.ignores = f[5] != 0.0 && whole(f[6], -0x1p31, 0x1p31 - 1.0);
         s.ignore = s.ignores ? (int64_t)f[6] : 0;
+        find_raw(&s);
+        s.inside = s.ignores && s.ignore >= 0 && s.ignore < (j->C == 1 ? 2 : j->C);
     }
     if (f[2] >= 0.0) {
         const ss_tensor *weight = &p->weights[(int32_t)f[2]];
@@ -151,6 +200,27 @@ static ss_status choose_slot(ss_exec *x, plan *p, int32_t i, const double *f) {
     return SS_OK;
 }
 
+/* Finds or makes the group of a term. Entropy, which has no target, goes with any. */
+static int32_t choose_group(plan *p, const vl_term *t) {
+    int32_t i = 0;
+    for (; i < p->rule.groups; ++i) {
+        const vl_term *o = &p->group[i];
+        if (o->slot == t->slot && (o->target == t->target || !o->target || !t->target)) {
+            break;
+        }
+    }
+    vl_term *g = &p->group[i];
+    if (i == p->rule.groups) {
+        *g = *t;
+        ++p->rule.groups;
+    } else if (t->target) {
+        g->target = t->target;
+        g->dtype = t->dtype;
+    }
+    g->entropy |= t->kind == VL_ENTROPY;
+    return i;
+}
+
 static ss_status read_term(ss_exec *x, plan *p, int32_t i, const double *f, int64_t targets,
                            int64_t weights) {
     SS_TRY(check_numbers(x, p, i, f, targets, weights));
@@ -172,12 +242,13 @@ static ss_status read_term(ss_exec *x, plan *p, int32_t i, const double *f, int6
     for (int64_t c = r->include_background ? 0 : 1; c < p->job.C; ++c) {
         r->a_sum += f[FIELDS + c];
     }
-    t->row = r->row = p->job.rows;
-    p->job.rows += t->kind == VL_DICE ? p->job.C : 1;
+    t->number = (int8_t)i;
     if (f[1] >= 0.0) {
         SS_TRY(look_at_target(x, p, t, (int32_t)f[1]));
     }
-    return choose_slot(x, p, i, f);
+    SS_TRY(choose_slot(x, p, i, f));
+    r->group = (int8_t)choose_group(p, t);
+    return SS_OK;
 }
 
 template <typename A> static ss_status make_plan(ss_exec *x, plan *p, const A *a) {
@@ -205,13 +276,10 @@ template <typename A> static ss_status make_plan(ss_exec *x, plan *p, const A *a
     for (int32_t i = 0; i < j->terms; ++i) {
         SS_TRY(read_term(x, p, i, p->params + i * row, a->targets.n, a->weights.n));
     }
-    j->chunks = (j->S + ss_vl_any_chunk() - 1) / ss_vl_any_chunk();
     rules *r = &p->rule;
     r->B = j->B;
     r->C = j->C;
     r->S = j->S;
-    r->chunks = j->chunks;
-    r->rows = j->rows;
     r->activation = j->activation;
     r->terms = j->terms;
     return SS_OK;
@@ -265,9 +333,10 @@ SS_KERNEL void __launch_bounds__(THREADS) k_voxel_loss_fold(const rules r) {
     const int k = threadIdx.x % 4;
     double sum = 0.0;
     if (t.first <= b && b < t.last && (t.kind == VL_DICE || c == 0)) {
-        const double *part = r.part + (b * r.chunks * r.rows + t.row + c) * 4 + k;
-        for (int64_t i = threadIdx.x / 4; i < r.chunks; i += THREADS / 4) {
-            sum += part[i * r.rows * 4];
+        const int64_t chunks = r.chunks[t.few], rows = r.rows[t.few];
+        const double *part = r.part[t.few] + (b * chunks * rows + t.row + c) * 4 + k;
+        for (int64_t i = threadIdx.x / 4; i < chunks; i += THREADS / 4) {
+            sum += part[i * rows * 4];
         }
     }
     room[threadIdx.x] = sum;
@@ -356,8 +425,8 @@ SS_DEVICE double voxel_factor(const rules &r, int64_t i, const double *stats, in
     return den == 0.0 ? 0.0 : factor / den;
 }
 
-/* One thread per term, sample and class. Exactly 0 without a voxel that counts, even if num is NaN.
- */
+/* One thread per term, sample and class. Exactly 0 without a voxel that counts, even if num is
+ * NaN. */
 SS_KERNEL void __launch_bounds__(THREADS) k_voxel_loss_values(const rules r, double *values) {
     const int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     const int64_t c = at % r.C, b = at / r.C % r.B, i = at / r.C / r.B;
@@ -377,41 +446,137 @@ SS_KERNEL void __launch_bounds__(THREADS) k_voxel_loss_values(const rules r, dou
     values[at] = value;
 }
 
-/* Factors [terms, B, C, 4] of the gradient; one thread per term, sample and class. */
+/* Adds a term's part to the factors u v e f a d of its group. */
+SS_DEVICE void add_factors(const rules &r, int64_t i, const double *stats, const double *grad,
+                           int64_t b, int64_t c, double *f) {
+    const rule &t = r.of[i];
+    if (t.kind == VL_DICE) {
+        const int64_t b0 = t.batch ? t.first : b, b1 = t.batch ? t.last : b + 1;
+        double by[2], g = grad[(i * r.B + b0) * r.C + c];
+        (void)dice_class(r, i, stats, b0, b1, c, by);
+        f[0] += by[0] * g;
+        f[1] += t.squared ? 2.0 * (by[1] * g) : 0.0;
+        f[2] += t.squared ? 0.0 : by[1] * g;
+        return;
+    }
+    const double u = voxel_factor(r, i, stats, b) * grad[(i * r.B + b) * r.C];
+    const bool weighted = t.kind == VL_CE && r.activation == VL_SOFTMAX;
+    const double a = weighted ? u * weight_of(r, i, c) : u;
+    f[0] += t.kind == VL_MSE ? -2.0 * u : 0.0;
+    f[1] += t.kind == VL_MSE ? 2.0 * u : 0.0;
+    f[3] += t.kind == VL_ENTROPY ? u : 0.0;
+    f[4] += t.kind == VL_KL || t.kind == VL_CE ? a * (1.0 - t.smoothing) : 0.0;
+    f[5] += t.kind == VL_CE ? a * t.smoothing / (double)r.C : 0.0;
+}
+
+/* Factors [groups, B, C, 8] of the gradient; one thread per group, sample and class. */
 template <typename R>
 SS_KERNEL void __launch_bounds__(THREADS)
     k_voxel_loss_factors(const rules r, const double *stats, const double *grad, R *factor) {
     const int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    const int64_t c = at % r.C, b = at / r.C % r.B, i = at / r.C / r.B;
-    if (i >= r.terms) {
+    const int64_t c = at % r.C, b = at / r.C % r.B, group = at / r.C / r.B;
+    if (group >= r.groups) {
         return;
     }
-    const rule &t = r.of[i];
-    double u = 0.0, v = 0.0, e = 0.0;
-    if (t.first <= b && b < t.last) {
-        if (t.kind == VL_DICE) {
-            const int64_t b0 = t.batch ? t.first : b, b1 = t.batch ? t.last : b + 1;
-            double by[2], g = grad[(i * r.B + b0) * r.C + c];
-            (void)dice_class(r, i, stats, b0, b1, c, by);
-            u = by[0] * g;
-            v = t.squared ? 2.0 * (by[1] * g) : 0.0;
-            e = t.squared ? 0.0 : by[1] * g;
-        } else {
-            u = voxel_factor(r, i, stats, b) * grad[(i * r.B + b) * r.C];
-            if (t.kind == VL_MSE) {
-                v = 2.0 * u;
-                u = -2.0 * u;
-            } else if (t.kind == VL_CE && r.activation == VL_SOFTMAX) {
-                const double a = weight_of(r, i, c);
-                e = u * a * t.smoothing / (double)r.C;
-                u = u * a * (1.0 - t.smoothing);
+    double f[6] = {0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
+    for (int32_t i = 0; i < r.terms; ++i) {
+        const rule &t = r.of[i];
+        if (t.group == group && t.first <= b && b < t.last) {
+            add_factors(r, i, stats, grad, b, c, f);
+        }
+    }
+    for (int k = 0; k < 8; ++k) {
+        factor[8 * at + k] = k < 6 ? (R)f[k] : R(0);
+    }
+}
+
+/* ---- what up to 16 classes have sweeps for
+ * -------------------------------------------------------- */
+
+/* Four elements in one access, or in two if they are of 8 bytes. */
+static bool is_wide(const void *p, int32_t dtype) {
+    const uintptr_t bytes = size_of(dtype) < 4 ? 4 * (uintptr_t)size_of(dtype) : 16;
+    return (uintptr_t)p % bytes == 0;
+}
+
+static bool is_wide(const plan *p, const vl_term *g) {
+    const vl_slot *s = &p->job.slot[g->slot];
+    return p->job.S % 4 == 0 && is_wide(p->job.logits, p->job.dtype) &&
+           is_wide(s->label, s->label_dtype) && is_wide(s->weight, s->weight_dtype) &&
+           is_wide(g->target, g->dtype);
+}
+
+static bool is_short(int32_t dtype) {
+    return dtype == SS_F16 || dtype == SS_BF16 || dtype == SS_F32;
+}
+
+/* Whether the sweeps of voxel_loss_few.cu and voxel_loss_many.cu can read what a group has. */
+static bool is_readable(const plan *p, const vl_term *g) {
+    const vl_job *j = &p->job;
+    const vl_slot *s = &j->slot[g->slot];
+    return j->activation == VL_SOFTMAX && j->C <= VL_MANY && is_short(j->dtype) &&
+           (!g->target || is_short(g->dtype)) &&
+           (!s->weight || is_short(s->weight_dtype) || s->weight_dtype <= SS_U8) &&
+           !(s->ignores && s->ignore == INT32_MIN && s->label_bytes == 8);
+}
+
+/* Whether there is a forward sweep for a group: one term of a kind at most, and labels have
+ * cross entropy without smoothing, and Dice. */
+static bool has_sweep(const plan *p, int32_t group) {
+    int seen[5] = {0, 0, 0, 0, 0};
+    bool simple = true;
+    for (int32_t i = 0; i < p->job.terms; ++i) {
+        const vl_term *t = &p->job.term[i];
+        if (p->rule.of[i].group == group) {
+            simple &= seen[t->kind]++ == 0;
+            simple &= t->hard ? t->kind == VL_DICE || (t->kind == VL_CE && t->smoothing == 0.0)
+                              : p->job.C <= VL_FEW;
+        }
+    }
+    return simple && is_readable(p, &p->group[group]);
+}
+
+/* The launch of a group whose terms have their rows. */
+static ss_status sweep_group(ss_exec *x, const plan *p, int32_t group) {
+    const vl_job *j = &p->job;
+    const rules *r = &p->rule;
+    const vl_term *o = &p->group[group];
+    vl_group g = {};
+    g.logits = j->logits;
+    g.logits_dtype = j->dtype;
+    g.target = o->target;
+    g.dtype = o->dtype;
+    g.C = j->C;
+    g.S = j->S;
+    g.first = o->first;
+    g.last = o->last;
+    g.chunks = r->chunks[1];
+    g.rows = r->rows[1];
+    g.part = j->part; /* of the few */
+    g.slot = j->slot[o->slot];
+    g.wide = is_wide(p, o);
+    g.weighted = g.slot.weight != nullptr;
+    for (int k = 0; k < 5; ++k) {
+        g.row[k] = -1;
+    }
+    for (int32_t i = 0; i < j->terms; ++i) {
+        const vl_term *t = &j->term[i];
+        if (r->of[i].group != group) {
+            continue;
+        }
+        g.row[t->kind] = r->of[i].row;
+        g.faults = t->owner ? j->faults : g.faults;
+        g.squared = t->kind == VL_DICE ? t->squared : g.squared;
+        for (int64_t c = 0; c < j->C && t->kind == VL_CE; ++c) {
+            g.a[c] = p->params[i * (FIELDS + j->C) + FIELDS + c];
+            g.weighted |= g.a[c] != g.a[0];
+            if (j->C <= VL_FEW) {
+                g.keep[c] = (float)(g.a[c] * (1.0 - t->smoothing));
+                g.extra[c] = (float)(g.a[c] * t->smoothing / (double)j->C);
             }
         }
     }
-    factor[4 * at] = (R)u;
-    factor[4 * at + 1] = (R)v;
-    factor[4 * at + 2] = (R)e;
-    factor[4 * at + 3] = R(0);
+    return j->C <= VL_FEW ? ss_vl_few_forward(x, &g) : ss_vl_many_forward(x, &g);
 }
 
 /* ---- the operators --------------------------------------------------------------------------- */
@@ -425,13 +590,17 @@ static int64_t rows_of(const ss_doubles *params, int64_t terms, int64_t classes)
     return rows;
 }
 
+static int64_t chunks_of(int64_t voxels, int64_t chunk) {
+    return (voxels + chunk - 1) / chunk;
+}
+
 typedef struct forward_pieces {
     double *part, *far;
 } forward_pieces;
 
 static void layout(ss_carve *w, const ss_voxel_loss_forward_args *a, forward_pieces *p) {
     const int64_t *s = a->logits.shape;
-    const int64_t chunks = (s[2] + ss_vl_any_chunk() - 1) / ss_vl_any_chunk();
+    const int64_t chunks = chunks_of(s[2], ss_vl_any_chunk());
     p->far = ss_take<double>(w, far_weights(a->terms, s[1]));
     p->part = ss_take<double>(w, s[0] * chunks * rows_of(&a->params, a->terms, s[1]) * 4);
 }
@@ -443,6 +612,24 @@ int64_t SS_CUDA_WORKSPACE(voxel_loss_forward)(const ss_voxel_loss_forward_args *
     return ss_carved(&w);
 }
 
+/* Deals the terms to the sweeps: rows of both kinds. Leaves the general ones in `any`. */
+static void deal(plan *p, vl_job *any) {
+    any->terms = 0;
+    for (int32_t i = 0; i < p->job.terms; ++i) {
+        rule *r = &p->rule.of[i];
+        r->few = has_sweep(p, r->group);
+        r->row = p->rule.rows[r->few];
+        p->rule.rows[r->few] += r->kind == VL_DICE ? p->job.C : 1;
+        if (!r->few) {
+            any->term[any->terms] = p->job.term[i];
+            any->term[any->terms++].row = r->row;
+        }
+    }
+    p->rule.chunks[0] = any->chunks = chunks_of(p->job.S, ss_vl_any_chunk());
+    p->rule.chunks[1] = chunks_of(p->job.S, VL_CHUNK);
+    any->rows = p->rule.rows[0];
+}
+
 ss_status SS_CUDA(voxel_loss_forward)(ss_exec *x, const ss_voxel_loss_forward_args *a) {
     plan p = {};
     SS_TRY(make_plan(x, &p, a));
@@ -450,12 +637,24 @@ ss_status SS_CUDA(voxel_loss_forward)(ss_exec *x, const ss_voxel_loss_forward_ar
     forward_pieces pieces;
     layout(&w, a, &pieces);
     SS_TRY(post_weights(x, &p, pieces.far));
-    p.job.part = pieces.part;
     p.job.faults = SS_FAULTS_OF(x, voxel_loss_forward);
-    p.rule.part = pieces.part;
+    vl_job any = p.job;
+    deal(&p, &any);
+    /* The few's chunks are the larger ones: both fit into what all would take as `any`. */
+    any.part = pieces.part;
+    p.job.part = pieces.part + any.B * any.chunks * any.rows * 4;
+    p.rule.part[0] = any.part;
+    p.rule.part[1] = p.job.part;
     p.rule.stats = (double *)a->stats.data;
+    for (int32_t g = 0; g < p.rule.groups; ++g) {
+        if (has_sweep(&p, g)) {
+            SS_TRY(sweep_group(x, &p, g));
+        }
+    }
+    if (any.terms > 0) {
+        SS_TRY(ss_vl_any_forward(x, &any));
+    }
     const int64_t n = a->terms * p.job.B * p.job.C;
-    SS_TRY(ss_vl_any_forward(x, &p.job));
     SS_TRY(SS_LAUNCH(x, ss_blocks(n, 1), THREADS, 0, (k_voxel_loss_fold), p.rule));
     return SS_LAUNCH(x, ss_blocks(n, THREADS), THREADS, 0, (k_voxel_loss_values), p.rule,
                      (double *)a->values.data);
@@ -468,7 +667,7 @@ typedef struct backward_pieces {
 static void layout(ss_carve *w, const ss_voxel_loss_backward_args *a, backward_pieces *p) {
     const int64_t *s = a->logits.shape;
     p->far = ss_take<double>(w, far_weights(a->terms, s[1]));
-    p->factor = ss_take<double>(w, a->terms * s[0] * s[1] * 4); /* float: half of it */
+    p->factor = ss_take<double>(w, a->terms * s[0] * s[1] * 8); /* float: half of it */
 }
 
 int64_t SS_CUDA_WORKSPACE(voxel_loss_backward)(const ss_voxel_loss_backward_args *a) {
@@ -488,7 +687,7 @@ ss_status SS_CUDA(voxel_loss_backward)(ss_exec *x, const ss_voxel_loss_backward_
     p.job.factor = pieces.factor;
     p.job.dlogits = a->dlogits.data;
     const double *stats = (const double *)a->stats.data, *grad = (const double *)a->grad.data;
-    unsigned blocks = ss_blocks(a->terms * p.job.B * p.job.C, THREADS);
+    unsigned blocks = ss_blocks(p.rule.groups * p.job.B * p.job.C, THREADS);
     if (p.job.dtype == SS_F64) {
         SS_TRY(SS_LAUNCH(x, blocks, THREADS, 0, (k_voxel_loss_factors<double>), p.rule, stats, grad,
                          pieces.factor));
@@ -496,5 +695,16 @@ ss_status SS_CUDA(voxel_loss_backward)(ss_exec *x, const ss_voxel_loss_backward_
         SS_TRY(SS_LAUNCH(x, blocks, THREADS, 0, (k_voxel_loss_factors<float>), p.rule, stats, grad,
                          (float *)(void *)pieces.factor));
     }
-    return ss_vl_any_backward(x, &p.job);
+    bool few = true;
+    p.job.wide = is_wide(p.job.dlogits, p.job.dtype);
+    p.job.terms = p.rule.groups;
+    for (int32_t i = 0; i < p.rule.groups; ++i) {
+        p.job.term[i] = p.group[i];
+        p.job.wide &= is_wide(&p, &p.group[i]);
+        few &= is_readable(&p, &p.group[i]);
+    }
+    if (!few) {
+        return ss_vl_any_backward(x, &p.job);
+    }
+    return p.job.C <= VL_FEW ? ss_vl_few_backward(x, &p.job) : ss_vl_many_backward(x, &p.job);
 }

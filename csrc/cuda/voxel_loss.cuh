@@ -1,11 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * voxel_loss.cuh: what the files of the voxel losses share: terms as numbers, reading of voxels.
+ * voxel_loss.cuh: what the files of the voxel losses share: terms as numbers,
+ * reading of voxels.
  *
- * voxel_loss.cu      terms from numbers, losses from sums, derivatives by the sums, the operators
- * voxel_loss_any.cu  the sweeps over the voxels for any sum of terms and any number of classes
+ * voxel_loss.cu      terms from numbers, losses from sums, derivatives by the
+ * sums, the operators voxel_loss_few.cu  the sweeps over the voxels for softmax
+ * over 2 to 4 classes voxel_loss_any.cu  the sweeps for any sum of terms and
+ * any number of classes
  *
- * A job goes to a sweep by value, so it has to fit into the 4 KiB that every GPU takes.
+ * Terms that have target, voxel weights and samples in common are a group. Its
+ * gradient is one formula with factors that are sums over its terms:
+ *
+ *     h_c = m (p_c (u q_c + v p_c + e + f lost_c) - a q_c - d),  lost_c = -ln
+ * p_c
+ *
+ * A job goes to a sweep by value, so it has to fit into the 4 KiB that every
+ * GPU takes.
  */
 #ifndef SS_CUDA_VOXEL_LOSS_CUH
 #define SS_CUDA_VOXEL_LOSS_CUH
@@ -19,7 +29,7 @@ enum { VL_CE, VL_DICE, VL_MSE, VL_KL, VL_ENTROPY };
 enum { VL_SOFTMAX, VL_SIGMOID, VL_NONE };
 enum { VL_VOXEL, VL_ELEMENT, VL_SAMPLE, VL_SUM };
 
-/* What a sweep needs to know of a term. */
+/* What a sweep needs to know of a term (forward) or of a group (backward: no kind). */
 typedef struct vl_term {
     const void *target; /* a distribution; NULL: labels, or no target at all */
     int64_t first, last;
@@ -27,7 +37,9 @@ typedef struct vl_term {
     int64_t row;  /* its first row of sums: Dice has one per class, others one */
     int8_t dtype; /* of the distribution */
     int8_t kind, slot, hard, squared;
-    int8_t owner; /* the first term of its slot: it counts faults */
+    int8_t owner;   /* the first term of its slot: it counts faults */
+    int8_t number;  /* of the term among all: where its class weights are */
+    int8_t entropy; /* a group with a factor f */
 } vl_term;
 
 /* Labels and voxel weights that terms have in common; all of them cover the same samples. */
@@ -35,6 +47,11 @@ typedef struct vl_slot {
     const void *label, *weight; /* or NULL */
     int64_t ignore;
     int8_t label_dtype, weight_dtype, ignores;
+    int8_t inside;      /* the ignored label is a class */
+    int8_t label_bytes; /* of one */
+    int8_t ignores_raw; /* whether the ignored label can occur, and as which bits
+                           (to 32) */
+    int32_t raw;
 } vl_slot;
 
 typedef struct vl_job {
@@ -43,9 +60,11 @@ typedef struct vl_job {
     int64_t B, C, S;
     int64_t chunks; /* per sample */
     int64_t rows;   /* of sums of a chunk */
-    int32_t dtype, activation, terms, reserved;
+    int32_t dtype, activation, terms;
+    int32_t wide;       /* four voxels are one access everywhere (voxel_loss_few.cu) */
     double *part;       /* forward: [B, chunks, rows, 4] */
-    const void *factor; /* backward: [terms, B, C, 4] u, v, e, 0 in the type of computing */
+    const void *factor; /* backward: [groups, B, C, 8] u v e f a d 0 0 in the type
+                           of computing */
     const double *far;  /* class weights [terms, C] if there are too many to be near */
     unsigned long long *faults;
     vl_term term[VL_TERMS];
@@ -58,6 +77,29 @@ static_assert(sizeof(vl_job) <= 4096, "arguments of a kernel");
 int64_t ss_vl_any_chunk(void);
 ss_status ss_vl_any_forward(ss_exec *x, const vl_job *j);
 ss_status ss_vl_any_backward(ss_exec *x, const vl_job *j);
+
+/* A group for a forward sweep of its own, softmax over VL_MANY classes or fewer: labels with
+ * cross entropy, Dice or both; or, for VL_FEW, a distribution (or none, for entropy) with one
+ * term of each kind. */
+#define VL_FEW 4
+#define VL_MANY 16
+#define VL_CHUNK 8192 /* voxels of a block */
+typedef struct vl_group {
+    const void *logits, *target;
+    int64_t C, S, first, last, chunks, rows;
+    double *part;
+    unsigned long long *faults; /* NULL: counted elsewhere */
+    vl_slot slot;
+    int64_t row[5]; /* of a term of each kind, -1: none */
+    int32_t logits_dtype, dtype, wide, squared, weighted;
+    double a[VL_MANY];                 /* class weights of cross entropy */
+    float keep[VL_FEW], extra[VL_FEW]; /* r_c = keep q_c + extra of cross entropy */
+} vl_group;
+
+ss_status ss_vl_few_forward(ss_exec *x, const vl_group *g);
+ss_status ss_vl_few_backward(ss_exec *x, const vl_job *j);
+ss_status ss_vl_many_forward(ss_exec *x, const vl_group *g);
+ss_status ss_vl_many_backward(ss_exec *x, const vl_job *j);
 
 SS_BOTH bool vl_covers(const vl_term &t, int64_t b) {
     return t.first <= b && b < t.last;
@@ -86,13 +128,22 @@ template <typename R> SS_DEVICE R vl_number(const void *p, int32_t dtype, int64_
     return R(0);
 }
 
+/* The same for the three short floating types. */
+SS_DEVICE float vl_short(const void *p, int32_t dtype, int64_t i) {
+    if (dtype == SS_F32) {
+        return ss_load<float>(p, i);
+    }
+    return dtype == SS_F16 ? ss_load<ss_half>(p, i) : ss_load<ss_bfloat>(p, i);
+}
+
 /* A label as a number of 64 bits; those of u64 beyond come out negative: no class. */
 SS_DEVICE int64_t vl_label(const void *p, int32_t dtype, int64_t i) {
     SS_FOR_INT(dtype, I, return static_cast<int64_t>(ss_load<I>(p, i)));
     return -1;
 }
 
-/* The class of a label, -1 if it is ignored or none, which *faults then counts. */
+/* The class of a label, -1 if it is ignored or none, which *faults then counts.
+ */
 SS_DEVICE int32_t vl_class(const vl_slot &s, int64_t label, int64_t classes, int32_t *faults) {
     const bool inside = label >= 0 && label < classes;
     const bool skip = s.ignores && label == s.ignore;

@@ -1,21 +1,23 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * voxel_loss_any.cu: a forward and a backward sweep over the voxels for any sum of terms, any
- * number of classes, any dtypes.
+ * voxel_loss_any.cu: a forward and a backward sweep over the voxels for any sum
+ * of terms, any number of classes, any dtypes.
  *
- *     p_c = e^(z_c - max z) / s,  s = sum_c e^(z_c - max z)   (sigmoid: 1 / (1 + e^-z_c); none:
- * z_c) forward    sums over a chunk per term: Dice I, Z, Y, W per class; others num, den, W
- *     backward   dz_c = h_c - p_c sum_k h_k (softmax), h_c (others); h_c = sum over terms of
- *                p_c g_c - direct_c (formulas: voxel_loss.cu)
+ *     p_c = e^(z_c - max z) / s,  s = sum_c e^(z_c - max z)   (sigmoid: 1 / (1
+ * + e^-z_c); none: z_c) forward    sums over a chunk per term: Dice I, Z, Y, W
+ * per class; others num, den, W backward   dz_c = h_c - p_c sum_k h_k
+ * (softmax), h_c (others); h_c summed over groups: voxel_loss.cuh (other
+ * activations: their slope instead of p_c, and a (q_c - p_c))
  *
- * logits [B, C, S] -> part [B, chunks, rows, 4], dlogits [B, C, S]. Threads own voxels and walk
- * through their classes, whose logits they read again for every step (maximum, s, each term;
- * backward: maximum, s, sum of h, result), as a rule from a cache: of memory, C logits, label and
- * weight per voxel forward, the same and C gradients backward, and 32 bytes per row and 1024
- * voxels.
- * Numerics: float, for float64 logits double; four voxels of a thread, then a tree over its warp,
- * then double. Logarithms are taken of s alone, never of p. Faulty labels and weights count as
- * weight 0. Deterministic: all orders are fixed by the problem. registers <= 128
+ * logits [B, C, S] -> part [B, chunks, rows, 4], dlogits [B, C, S]. Threads own
+ * voxels and walk through their classes, whose logits they read again for every
+ * step (maximum, s, each term; backward: maximum, s, sum of h, result), as a
+ * rule from a cache: of memory, C logits, label and weight per voxel forward,
+ * the same and C gradients backward, and 32 bytes per row and 1024 voxels. Few
+ * classes have faster sweeps. Numerics: float, for float64 logits double; four
+ * voxels of a thread, then a tree over its warp, then double. Logarithms are
+ * taken of s alone, never of p. Faulty labels and weights count as weight 0.
+ * Deterministic: all orders are fixed by the problem. registers <= 128
  */
 #include "voxel_loss.cuh"
 
@@ -210,7 +212,7 @@ SS_DEVICE void term_forward(const vl_job &j, int32_t i, const voxels<R, EACH> &n
     *faults += t.owner ? met : 0;
     int waiting = 0;
     for (int64_t c = 0; c < j.C; ++c) {
-        const double a = t.kind == VL_CE ? vl_class_weight(j, i, c) : 0.0;
+        const double a = t.kind == VL_CE ? vl_class_weight(j, t.number, c) : 0.0;
         const R keep = (R)(a * (1.0 - t.smoothing)), extra = (R)(a * t.smoothing / (double)j.C);
         for (int k = 0; k < EACH; ++k) {
             R q = R(0);
@@ -269,35 +271,29 @@ SS_KERNEL void __launch_bounds__(THREADS, 2) k_voxel_loss_any_forward(const vl_j
 
 /* ---- backward -------------------------------------------------------------------------------- */
 
-/* h_c of one voxel: p_c g_c - direct_c summed over terms. */
+/* h_c of one voxel. */
 template <typename R>
 SS_DEVICE R pull(const vl_job &j, int64_t b, int64_t c, int64_t v, R z, R mx, R ln, R p) {
-    R h = R(0);
+    R h = R(0), slope = p;
+    if (j.activation != VL_SOFTMAX) {
+        slope = j.activation == VL_NONE ? R(1) : p * (R(1) - p);
+    }
     for (int32_t i = 0; i < j.terms; ++i) {
         const vl_term &t = j.term[i];
         if (!vl_covers(t, b)) {
             continue;
         }
         int32_t y, faults = 0;
-        R m, q = R(0);
+        R m;
         vl_read_slot(j.slot[t.slot], (b - t.first) * j.S + v, j.C == 1 ? 2 : j.C, &y, &m, &faults);
-        if (t.kind != VL_ENTROPY) {
-            q = target_of<R>(j, t, b, c, v, y);
+        const R q = target_of<R>(j, t, b, c, v, y);
+        const R *by = static_cast<const R *>(j.factor) + ((i * j.B + b) * j.C + c) * 8;
+        R g = by[0] * q + by[1] * p + by[2];
+        if (t.entropy) {
+            g += by[3] * ((mx - z) + ln);
         }
-        const R *by = static_cast<const R *>(j.factor) + ((i * j.B + b) * j.C + c) * 4;
-        const R u = by[0], e = by[2];
-        if (t.kind == VL_DICE || t.kind == VL_MSE) {
-            R g = m * (u * q + by[1] * p + e);
-            R slope =
-                j.activation == VL_SOFTMAX ? p : (j.activation == VL_NONE ? R(1) : p * (R(1) - p));
-            h += slope * g;
-        } else if (t.kind == VL_ENTROPY) {
-            h += p * (m * u * ((mx - z) + ln));
-        } else if (j.activation == VL_SOFTMAX) {
-            h -= m * (u * q + e);
-        } else {
-            h += m * u * (p - q);
-        }
+        h += slope * (m * g);
+        h -= m * (by[4] * (j.activation == VL_SIGMOID ? q - p : q) + by[5]);
     }
     return h;
 }
