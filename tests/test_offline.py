@@ -397,15 +397,16 @@ def test_settings_that_cannot_work(data, sure, more, message):
         config.check(made(data, sure, **more))
 
 
-def test_the_example_is_a_configuration():
+@pytest.mark.parametrize(("example", "settings"), [("offline", "SETTINGS"), ("second-stage", "STAGES")])
+def test_the_examples_are_configurations(example, settings):
     """What the evidence was made with, as far as the term goes."""
     from pathlib import Path  # noqa: PLC0415
 
-    from benchmarks.evidence import SETTINGS  # noqa: PLC0415
+    from benchmarks import evidence  # noqa: PLC0415
 
-    made = config.load(Path(__file__).parents[1] / "examples" / "offline.yaml", [("train.steps", 250)])
+    made = config.load(Path(__file__).parents[1] / "examples" / f"{example}.yaml", [("train.steps", 250)])
     config.check(made)
-    theirs = config.load(settings=list(SETTINGS.items()))
+    theirs = config.load(settings=list(getattr(evidence, settings).items()))
     assert replace(made.term, gate_steps=80) == theirs.term
     assert made.train.memory_format == theirs.train.memory_format
 
