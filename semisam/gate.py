@@ -17,10 +17,12 @@ import numpy as np
 from semisam import masks, ops
 from semisam.fusion import Reliability
 
-__all__ = ["LARGEST", "MASK", "Gate", "largest_components", "sets_of"]
+__all__ = ["LARGEST", "MASK", "Gate", "doubt_of", "largest_components", "sets_of"]
 
 MASK, LARGEST = "mask", "largest_component"
 ALL_SETS = 4  # up to so many generalists every set of them is a candidate
+T90 = (3.078, 1.886, 1.638, 1.533, 1.476, 1.440, 1.415, 1.397, 1.383, 1.372)
+"""One-sided 90 % points of Student's t for 1, 2, ... degrees of freedom; 1.282 for very many."""
 
 
 def largest_components(labels: Any, num_classes: int) -> Any:
@@ -58,12 +60,28 @@ def sets_of(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     return {" + ".join(names[g] for g in m): m for m in members}
 
 
+def doubt_of(gains: Sequence[float]) -> float:
+    """Return how large the mean of some gains must be to be more than chance: a one-sided t test at 90 %.
+
+    `gains` has one number per scan; with a single one nothing can be said: infinity.
+
+    >>> from semisam.gate import doubt_of
+    >>> round(doubt_of([0.01, 0.03]), 4), round(doubt_of([0.01, 0.03] * 4), 4), doubt_of([0.1])
+    (0.0308, 0.0053, inf)
+    """
+    n = len(gains)
+    if n < 2:
+        return float("inf")
+    return T90[min(n - 1, len(T90)) - 1] * float(np.std(gains, ddof=1)) / n**0.5
+
+
 class Gate:
     """Scores of all candidates, and from them what each generalist contributes to the term.
 
     The candidate with the best mean Dice is the source, and whoever comes later in this order must be
-    strictly better: mask, largest component, each generalist, sets of them. `choice` says it for every
-    generalist: its own output (its name) if it is the best or in the best set, `LARGEST`, or nothing
+    strictly better: mask, largest component, each generalist, sets of them; a set by more than its `doubt`
+    (`doubt_of` its gains over the best member), because held-out scans are few. `choice` says it for
+    every generalist: its own output (its name) if it is the best or in the best set, `LARGEST`, or nothing
     (`MASK`: the prompt alone, or others without it, are better). So several generalists are never worse on
     the held-out scans than the best one. Without any score every generalist is used as it is. `reliability`
     holds one score per generalist: its own if it teaches, else that of what was better.
@@ -86,18 +104,26 @@ class Gate:
         self.names = list(names)
         self.momentum = momentum
         self.scores: dict[str, list[float]] = {}  # Dice per foreground class
+        self.doubt: dict[str, float] = {}  # of sets: how much they must gain
         self.best: str | None = None
         self.choice = {name: name for name in self.names}
         self.reliability = Reliability(len(self.names), momentum, start)
 
-    def start(self, scores: Mapping[str, Sequence[float]]) -> None:
+    def start(self, scores: Mapping[str, Sequence[float]], doubt: Mapping[str, float] | None = None) -> None:
         """Take held-out scores (Dice per foreground class of every candidate) as the beginning."""
+        self.doubt = dict(doubt or {})
         self.scores = {name: [float(v) for v in values] for name, values in scores.items()}
         self._decide()
         for g, name in enumerate(self.names):
             self.reliability.scores[g] = self._worth(name, self.scores)
 
-    def update(self, scores: Mapping[str, Sequence[float]], *, held_out: bool) -> None:
+    def update(
+        self,
+        scores: Mapping[str, Sequence[float]],
+        *,
+        held_out: bool,
+        doubt: Mapping[str, float] | None = None,
+    ) -> None:
         """Let new scores in slowly: score <- momentum score + (1 - momentum) new.
 
         Only scores of predictions that did not train on these scans (`held_out`) may change a choice: on
@@ -105,13 +131,15 @@ class Gate:
         `reliability`, of which only ratios between generalists are used.
         """
         if held_out and not self.scores:
-            self.start(scores)
+            self.start(scores, doubt)
             return
         if held_out:
             m = self.momentum
             for name, old in self.scores.items():
                 new = scores[name]
                 self.scores[name] = [m * a + (1 - m) * float(b) for a, b in zip(old, new, strict=True)]
+            for name, error in (doubt or {}).items():
+                self.doubt[name] = m * self.doubt.get(name, error) + (1 - m) * error
             self._decide()
         for g, name in enumerate(self.names):
             self.reliability.update(g, self._worth(name, scores))
@@ -124,7 +152,8 @@ class Gate:
         sets = sets_of(self.names)
         best = MASK
         for candidate in (LARGEST, *self.names, *(name for name in sets if name in mean)):
-            best = candidate if mean[candidate] > mean[best] else best
+            gain = mean[candidate] - mean[best]
+            best = candidate if gain > self.doubt.get(candidate, 0.0) else best
         self.best = best
         teaching = {self.names[g] for g in sets[best]} if best in sets else {best}
         other = LARGEST if best == LARGEST else MASK
@@ -145,6 +174,7 @@ class Gate:
         return {
             "names": list(self.names),
             "scores": {name: list(values) for name, values in self.scores.items()},
+            "doubt": dict(self.doubt),
             "best": self.best,
             "choice": dict(self.choice),
             "reliability": self.reliability.scores.tolist(),
@@ -157,6 +187,7 @@ class Gate:
                 f"load_state_dict(): state: expected generalists {self.names}, got {list(state['names'])}"
             )
         self.scores = {name: [float(v) for v in values] for name, values in state["scores"].items()}
+        self.doubt = dict(state.get("doubt", {}))
         self.best = state.get("best")
         self.choice = dict(state["choice"])
         self.reliability.scores = np.array(state["reliability"], np.float64)

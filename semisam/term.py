@@ -21,7 +21,7 @@ import torch
 
 from semisam import fusion, generalists, metrics, ops, prompts, schedules
 from semisam._dialogue import MODES, Answers, Request, Slot, joined, largest
-from semisam.gate import LARGEST, MASK, Gate, largest_components, sets_of
+from semisam.gate import LARGEST, MASK, Gate, doubt_of, largest_components, sets_of
 from semisam.losses import uncertainty_weighted_loss
 
 __all__ = ["MODES", "PRESETS", "LastCall", "SemiSAMTerm"]
@@ -609,13 +609,15 @@ class SemiSAMTerm:
                 for i in range(n)
             ]
             per_class = _mean_of([one.dice for one in judged])
+            doubt: dict[str, float] = {}
             if held_out:
-                per_class |= self._together(judged, per_class)
+                together, doubt = self._together(judged, per_class)
+                per_class |= together
         before = dict(self.gate.choice)
         if fresh:
-            self.gate.start(per_class)
+            self.gate.start(per_class, doubt)
         else:
-            self.gate.update(per_class, held_out=held_out)
+            self.gate.update(per_class, held_out=held_out, doubt=doubt)
         return {
             **self.gate.report(),
             "scores": {name: sum(values) / len(values) for name, values in per_class.items()},
@@ -625,24 +627,33 @@ class SemiSAMTerm:
             "held_out": held_out,
         }
 
-    def _together(self, judged: list[_Judged], per_class: dict[str, list[float]]) -> dict[str, list[float]]:
-        """Dice per foreground class of the sets of generalists, weighted as they would be in the term."""
+    def _together(
+        self, judged: list[_Judged], per_class: dict[str, list[float]]
+    ) -> tuple[dict[str, list[float]], dict[str, float]]:
+        """Dice per foreground class of the sets of generalists, weighted as they would be in the term.
+
+        The second result is the doubt about what each set gains over its best member.
+        """
         worth = [sum(per_class[slot.name]) / len(per_class[slot.name]) for slot in self._slots]
         found: dict[str, list[float]] = {}
+        doubt: dict[str, float] = {}
         for name, members in sets_of(self.gate.names).items():
-            weights = [worth[g] if self.settings["reliability"] else 1.0 for g in members]
-            rows = []
-            for one in judged:
-                here = [(w, one.means[g]) for w, g in zip(weights, members, strict=True)]
-                here = [(w, mean) for w, mean in here if mean is not None]
-                scores, rounds = [w for w, _ in here] or [0.0], [1] * max(len(here), 1)
-                r_lab, _ = fusion.source_weights(scores, rounds, False)
-                label = torch.zeros_like(one.label)
-                if r_lab.any():
-                    label = fusion.fuse([mean for _, mean in here], r_lab, want=("label",)).label
-                rows.append({name: _dice(label, one.label, len(per_class[MASK]) + 1)})
+            rows = [{name: self._fused_dice(one, members, worth)} for one in judged]
             found |= _mean_of(rows)
-        return found
+            best = self._slots[max(members, key=lambda g: worth[g])].name
+            pairs = zip(rows, judged, strict=True)
+            gain = [float(row[name].mean()) - float(one.dice[best].mean()) for row, one in pairs]
+            doubt[name] = doubt_of(gain)
+        return found, doubt
+
+    def _fused_dice(self, one: _Judged, members: Sequence[int], worth: Sequence[float]) -> Any:
+        here = [g for g in members if one.means[g] is not None]
+        scores = [worth[g] if self.settings["reliability"] else 1.0 for g in here]
+        r_lab, _ = fusion.source_weights(scores or [0.0], [1] * max(len(here), 1), False)
+        label = torch.zeros_like(one.label)
+        if r_lab.any():
+            label = fusion.fuse([one.means[g] for g in here], r_lab, want=("label",)).label
+        return _dice(label, one.label, len(one.dice[MASK]) + 1)
 
     def _compare(self, image: Any, prob: Any, label: Any, spacing: Any, number: int) -> _Judged:
         """All candidates but sets of generalists on one volume."""

@@ -15,7 +15,7 @@ from generalist_fakes import Fake
 import semisam
 from semisam import fusion, generalists, losses, metrics, prompts, schedules
 from semisam.engine.gate import sentence as gate_sentence
-from semisam.gate import Gate, largest_components, sets_of
+from semisam.gate import Gate, doubt_of, largest_components, sets_of
 from semisam.generalists.random_walker import RandomWalker
 from semisam.term import PRESETS, SemiSAMTerm
 
@@ -937,6 +937,8 @@ def test_gate_lets_those_teach_who_are_better_together():
         one[:, :, 3 * k : 3 * k + 2] = ~one[:, :, 3 * k : 3 * k + 2]
         wrong.append(one)
     term, found, (images, _, prob, label) = judged(wrong)
+    assert found["best"] != "g0 + g1 + g2"  # a single scan says nothing about a gain
+    found = term.calibrate(images[[0, 0]], prob[[0, 0]], label[[0, 0]])
     assert found["best"] == "g0 + g1 + g2"
     assert found["choice"] == {"g0": "g0", "g1": "g1", "g2": "g2"}
     scores = found["scores"]
@@ -1076,6 +1078,53 @@ def test_gate_ties_go_to_the_simpler():
         gate.start(scores)
         assert gate.choice == {"g": choice}
         assert gate.best == choice
+
+
+def test_a_gain_within_its_doubt_is_none():
+    gate = Gate(["a", "b"])
+    scores = {"mask": [0.5], "largest_component": [0.5], "a": [0.7], "b": [0.6], "a + b": [0.74]}
+    for doubt, best in ((0.05, "a"), (0.03, "a + b")):
+        gate.start(scores, {"a + b": doubt})
+        assert gate.best == best
+    gate.update(scores, held_out=True, doubt={"a + b": 0.9})
+    assert gate.doubt["a + b"] == pytest.approx(0.9 * 0.03 + 0.1 * 0.9)
+    assert gate.best == "a"
+    fresh = Gate(["a", "b"])
+    fresh.load_state_dict(gate.state_dict())
+    assert (fresh.doubt, fresh.best, fresh.choice) == (gate.doubt, gate.best, gate.choice)
+
+
+def test_doubt_is_that_of_the_volumes():
+    """A gain on one of two volumes and none on the other: the error of the mean is the mean."""
+    images, truth, prob = scene(batch=2)
+
+    class Other(Fake):
+        """Wrong about one part of the first volume, right about the second."""
+
+        def encode(self, images, *, spacing=None):
+            n = len(self.encoded)
+            self.truth = truth[n : n + 1].clone()
+            if n == 0:
+                self.truth[:, :, self.part] = ~self.truth[:, :, self.part]
+            return super().encode(images, spacing=spacing)
+
+    fakes = [Other(truth, name=f"g{k}") for k in range(3)]
+    for k, fake in enumerate(fakes):
+        fake.part = slice(3 * k, 3 * k + 2)
+    term = make(fakes, mode="mask")
+    scores = term.calibrate(images, prob, truth[:, 0].byte())["scores"]
+    gain = scores["g0 + g1 + g2"] - max(scores[f"g{k}"] for k in range(3))
+    assert scores["g0 + g1 + g2"] == 1
+    assert term.gate.doubt["g0 + g1 + g2"] == pytest.approx(3.078 * gain, rel=1e-6)
+    assert term.gate.best != "g0 + g1 + g2"
+
+
+def test_doubt_follows_student():
+    stats = pytest.importorskip("scipy.stats")
+    for n in (2, 3, 7, 11):
+        gains = np.random.default_rng(n).normal(0.1, 0.05, n)
+        expected = stats.t.ppf(0.9, n - 1) * gains.std(ddof=1) / n**0.5
+        assert doubt_of(gains) == pytest.approx(expected, rel=1e-3)
 
 
 def test_many_generalists_are_judged_in_pairs_and_all_together():
