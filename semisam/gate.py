@@ -9,6 +9,7 @@ generalist contributes.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ def doubt_of(gains: Sequence[float]) -> float:
     n = len(gains)
     if n < 2:
         return float("inf")
-    return T90[min(n - 1, len(T90)) - 1] * float(np.std(gains, ddof=1)) / n**0.5
+    return T90[min(n - 1, len(T90)) - 1] * float(np.std(gains, ddof=1)) / math.sqrt(n)
 
 
 class Gate:
