@@ -242,7 +242,8 @@ template <typename T, typename V> SS_DEVICE void ss_store(void *p, int64_t i, V 
     static_cast<T *>(p)[i] = ss_rounded<T>::from(v);
 }
 
-/* 16 bytes at once: ss_vec16<T>::n elements; `p` must be aligned to 16 bytes. */
+/* 16 bytes at once: ss_vec16<T>::n elements; `p` must be aligned to 16 bytes, and where one stores,
+ * it must be global memory. */
 template <typename T> struct alignas(16) ss_vec16 {
     enum { n = 16 / sizeof(T) };
     T v[16 / sizeof(T)];
@@ -261,7 +262,13 @@ template <typename T> SS_DEVICE void ss_store16(T *p, const ss_vec16<T> &vec) {
         ss_vec16<T> vec;
     } u;
     u.vec = vec;
+#if defined(__CUDA_ARCH__) /* of an assignment nvcc may make four stores */
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+                 "r"(u.raw.x), "r"(u.raw.y), "r"(u.raw.z), "r"(u.raw.w)
+                 : "memory");
+#else
     *reinterpret_cast<uint4 *>(p) = u.raw;
+#endif
 }
 static inline int ss_aligned16(const void *p) {
     return ((uintptr_t)p & 15) == 0;
