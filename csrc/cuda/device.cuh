@@ -122,6 +122,27 @@ static inline ss_status ss_cuda_zero(ss_exec *x, void *p, int64_t bytes) {
                          "memset");
 }
 
+/* Division of 0..2^31 - 1 by what the host knows: a multiplication and a shift instead of some
+ * forty instructions. With s = ceil(log2 by) and factor = floor(2^(31 + s) / by) + 1, the product
+ * is too large by less than n <= 2^(31 + s) / by, so the quotient is exact. */
+typedef struct ss_divisor {
+    uint32_t by, factor;
+    int32_t shift;
+} ss_divisor;
+
+static inline ss_divisor ss_divisor_of(int64_t by) {
+    ss_divisor d = {(uint32_t)by, 0, 31};
+    while ((INT64_C(1) << (d.shift - 31)) < by) {
+        ++d.shift;
+    }
+    d.factor = (uint32_t)((UINT64_C(1) << d.shift) / (uint64_t)by + 1);
+    return d;
+}
+
+SS_BOTH uint32_t ss_divided(uint32_t n, ss_divisor d) {
+    return (uint32_t)((uint64_t)n * d.factor >> d.shift);
+}
+
 /* ---- host: workspace ------------------------------------------------------------------------- */
 
 /* Pieces of the workspace, each aligned to 256 bytes. With base NULL it only counts, so the
