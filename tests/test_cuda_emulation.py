@@ -388,8 +388,7 @@ def test_fuse_keeps_what_is_not_finite(channels, kind, library):
 )
 def test_fuse_refuses_what_the_cpu_refuses_in_the_same_words(change, library):
     needs("fuse")
-    sources = change.pop("sources", [torch.zeros(2, 3, 5)] * 2)
-    inputs = _fuse(sources, **change)
+    inputs = _fuse(**{"sources": [torch.zeros(2, 3, 5)] * 2, **change})
     case = Case("fuse", "", lambda r: inputs)
     with pytest.raises((ValueError, TypeError)) as cpu:
         run(case, inputs)

@@ -12,17 +12,19 @@
  * image [N, D, H, W] -> labels [N, D, H, W], count [N]: 5 launches; kept [N, D, H, W]: 6. Memory
  * per voxel: the image read twice and its neighbours from cache, 4 bytes of parents written and
  * read three times; workspace 1/4 byte, for masks 8 bytes. Numerics: integers, the CPU's exactly.
- * Deterministic: a root is a minimum, whatever the order of joins. registers <= 40
+ * Deterministic: a root is a minimum, whatever the order of joins. registers <= 48
  */
 #include "device.cuh"
 
 #define THREADS 256
+#define EACH 4     /* words or voxels of a thread whose loads are on their way together */
 #define CHUNK 4096 /* voxels whose roots one block counts */
 #define WORDS (CHUNK / 32)
 
 struct components_job {
-    int64_t n, d, h, w, voxels; /* voxels per volume: fewer than 2^31 */
-    int64_t words, chunks;      /* per row; per volume */
+    int64_t n, d, h, w, voxels;               /* voxels per volume: fewer than 2^31 */
+    int64_t words, chunks;                    /* per row; per volume */
+    ss_divisor row_words, row, plane, blocks; /* by words, w and h; by blocks per volume */
     int32_t connectivity, by_value;
     const void *image;
     int32_t *parent;          /* -1: background */
@@ -42,19 +44,54 @@ template <typename T> SS_DEVICE bool holds(const components_job &j, const T *row
     return j.by_value ? u == v : u != 0;
 }
 
+/* As a type that can be shuffled. */
+SS_DEVICE uint32_t shuffled(uint8_t v) {
+    return v;
+}
+SS_DEVICE uint32_t shuffled(uint16_t v) {
+    return v;
+}
+SS_DEVICE uint32_t shuffled(uint32_t v) {
+    return v;
+}
+SS_DEVICE unsigned long long shuffled(uint64_t v) {
+    return v;
+}
+
+/* The volume that a block works on, and the block's number there. */
+SS_DEVICE int64_t volume_of(const components_job &j, uint32_t *block) {
+    uint32_t n = ss_divided(blockIdx.x, j.blocks);
+    *block = blockIdx.x - n * j.blocks.by;
+    return n;
+}
+
+/* A warp has EACH words of 32 columns. */
 template <typename T> SS_KERNEL void k_components_runs(components_job j) {
-    int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    int64_t row = at / 32 / j.words, x = at - row * j.words * 32;
-    int lane = (int)threadIdx.x % 32;
-    bool in = row < j.n * j.d * j.h && x < j.w;
-    const T *image = (const T *)j.image + row * j.w;
-    T v = in ? image[x] : (T)0;
-    bool starts = in && v != 0 && (lane == 0 || !holds<T>(j, image, x - 1, v));
-    uint32_t heads = __ballot_sync(SS_ALL_LANES, starts);
-    if (in) {
-        int head = 31 - __clz((int)(heads & (0xffffffffu >> (31 - lane))));
-        int64_t first = row % (j.d * j.h) * j.w + x;
-        j.parent[row * j.w + x] = v != 0 ? (int32_t)(first - (lane - head)) : -1;
+    uint32_t block;
+    const int64_t n = volume_of(j, &block);
+    const T *image = (const T *)j.image + n * j.voxels;
+    int32_t *parent = j.parent + n * j.voxels;
+    const int lane = (int)threadIdx.x % 32;
+    const uint32_t first = (block * (THREADS / 32) + threadIdx.x / 32) * EACH;
+    T v[EACH];
+    int32_t at[EACH]; /* -1: no voxel */
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        uint32_t row = ss_divided(first + k, j.row_words);
+        uint32_t x = (first + k - row * j.row_words.by) * 32 + lane;
+        bool in = row < (uint32_t)(j.d * j.h) && x < (uint32_t)j.w;
+        at[k] = in ? (int32_t)(row * (uint32_t)j.w + x) : -1;
+        v[k] = in ? image[at[k]] : (T)0;
+    }
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        T left = (T)__shfl_up_sync(SS_ALL_LANES, shuffled(v[k]), 1);
+        bool goes_on = lane > 0 && (j.by_value ? left == v[k] : left != 0);
+        uint32_t heads = __ballot_sync(SS_ALL_LANES, v[k] != 0 && !goes_on);
+        if (at[k] >= 0) {
+            int head = 31 - __clz((int)(heads & (0xffffffffu >> (31 - lane))));
+            parent[at[k]] = v[k] != 0 ? at[k] - (lane - head) : -1;
+        }
     }
 }
 
@@ -108,15 +145,18 @@ SS_DEVICE void join_row(const components_job &j, int32_t *parent, const T *own, 
 }
 
 template <typename T> SS_KERNEL void k_components_join(components_job j) {
-    int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    int64_t row = at / j.w, x = at - row * j.w;
-    const T *own = (const T *)j.image + row * j.w;
-    if (row >= j.n * j.d * j.h || own[x] == 0) {
+    uint32_t block;
+    const int64_t n = volume_of(j, &block);
+    const uint32_t at = block * THREADS + threadIdx.x;
+    const T *image = (const T *)j.image + n * j.voxels;
+    if (at >= (uint32_t)j.voxels || image[at] == 0) {
         return;
     }
-    int64_t n = row / (j.d * j.h), z = row / j.h % j.d, y = row % j.h;
+    const uint32_t row = ss_divided(at, j.row), z = ss_divided(row, j.plane);
+    const int64_t x = at - row * j.row.by, y = row - z * j.plane.by;
+    const T *own = image + (at - x);
     int32_t *parent = j.parent + n * j.voxels;
-    int32_t i = (int32_t)(at - n * j.voxels), w = (int32_t)j.w;
+    const int32_t i = (int32_t)at, w = (int32_t)j.w;
     if (x % 32 == 0 && holds<T>(j, own, x - 1, own[x])) {
         join(parent, i, i - 1);
     }
@@ -166,22 +206,35 @@ SS_KERNEL void k_components_roots(components_job j) {
     int64_t n = blockIdx.x / j.chunks, chunk = blockIdx.x % j.chunks;
     int32_t *parent = j.parent + n * j.voxels;
     int32_t kept = -1, held = 0;
-    for (int k = 0; k < CHUNK / THREADS; ++k) {
-        int64_t v = chunk * CHUNK + k * THREADS + threadIdx.x;
-        bool in = v < j.voxels && parent[v] >= 0;
-        int32_t root = in ? root_of(parent, (int32_t)v) : -1;
-        if (in) {
-            parent[v] = root;
+    for (int k0 = 0; k0 < CHUNK / THREADS; k0 += EACH) {
+        int32_t up[EACH];
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) { /* two steps of EACH voxels together */
+            int64_t v = chunk * CHUNK + (k0 + e) * THREADS + threadIdx.x;
+            up[e] = v < j.voxels ? parent[v] : -1;
         }
-        if (j.size) {
-            add_sizes(j.size + n * j.voxels, in, root, &kept, &held);
-            continue;
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) {
+            up[e] = up[e] >= 0 ? parent[up[e]] : -1;
         }
-        uint32_t bits = __ballot_sync(SS_ALL_LANES, in && root == v);
-        if (threadIdx.x % 32 == 0) {
-            int word = (k * THREADS + (int)threadIdx.x) / 32;
-            j.roots[(int64_t)blockIdx.x * WORDS + word] = bits;
-            counts[word] = __popc(bits);
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) {
+            int64_t v = chunk * CHUNK + (k0 + e) * THREADS + threadIdx.x;
+            bool in = up[e] >= 0;
+            int32_t root = in ? root_of(parent, up[e]) : -1;
+            if (in) {
+                parent[v] = root;
+            }
+            if (j.size) {
+                add_sizes(j.size + n * j.voxels, in, root, &kept, &held);
+                continue;
+            }
+            uint32_t bits = __ballot_sync(SS_ALL_LANES, in && root == v);
+            if (threadIdx.x % 32 == 0) {
+                int word = ((k0 + e) * THREADS + (int)threadIdx.x) / 32;
+                j.roots[(int64_t)blockIdx.x * WORDS + word] = bits;
+                counts[word] = __popc(bits);
+            }
         }
     }
     if (j.size) {
@@ -248,18 +301,29 @@ SS_KERNEL void k_components_scan(components_job j, int64_t *count) {
 
 /* labels are the parents' own memory: each voxel reads and writes its own alone. */
 SS_KERNEL void k_components_label(components_job j) {
-    int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (at >= j.n * j.voxels) {
-        return;
+    uint32_t block;
+    const int64_t n = volume_of(j, &block);
+    int32_t *parent = j.parent + n * j.voxels;
+    const uint32_t first = block * (THREADS * EACH) + threadIdx.x;
+    int32_t root[EACH];
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        uint32_t at = first + k * THREADS;
+        root[k] = at < (uint32_t)j.voxels ? parent[at] : -2;
     }
-    int32_t root = j.parent[at], label = 0;
-    if (root >= 0) {
-        int64_t chunk = at / j.voxels * j.chunks + root / CHUNK;
-        int64_t word = chunk * WORDS + root % CHUNK / 32;
-        uint32_t below = j.roots[word] & ((1u << (root % 32)) - 1u);
-        label = 1 + j.total[chunk] + j.before[word] + __popc(below);
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        int32_t label = 0;
+        if (root[k] >= 0) {
+            int64_t chunk = n * j.chunks + root[k] / CHUNK;
+            int64_t word = chunk * WORDS + root[k] % CHUNK / 32;
+            uint32_t below = j.roots[word] & ((1u << (root[k] % 32)) - 1u);
+            label = 1 + j.total[chunk] + j.before[word] + __popc(below);
+        }
+        if (root[k] >= -1) {
+            parent[first + k * THREADS] = label;
+        }
     }
-    j.parent[at] = label;
 }
 
 /* The largest component of each volume, of equal ones the first. */
@@ -294,19 +358,31 @@ SS_KERNEL void k_components_largest(components_job j) {
 }
 
 SS_KERNEL void k_components_keep(components_job j, int64_t min_size, uint8_t *kept) {
-    int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (at >= j.n * j.voxels) {
-        return;
+    uint32_t block;
+    const int64_t n = volume_of(j, &block), start = n * j.voxels;
+    const uint32_t first = block * (THREADS * EACH) + threadIdx.x;
+    const uint8_t *image = (const uint8_t *)j.image + start;
+    const uint32_t largest = min_size ? 0 : 0xffffffffu - (uint32_t)(j.best[n] & 0xffffffffu);
+    int32_t root[EACH];
+    uint8_t value[EACH];
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        uint32_t at = first + k * THREADS;
+        root[k] = at < (uint32_t)j.voxels ? j.parent[start + at] : -2;
+        value[k] = at < (uint32_t)j.voxels ? image[at] : 0;
     }
-    int64_t n = at / j.voxels;
-    int32_t root = j.parent[at];
-    bool keep = root >= 0;
-    if (keep && min_size > 0) {
-        keep = j.size[n * j.voxels + root] >= min_size;
-    } else if (keep) {
-        keep = (uint32_t)root == 0xffffffffu - (uint32_t)(j.best[n] & 0xffffffffu);
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        bool keep = root[k] >= 0;
+        if (keep && min_size > 0) {
+            keep = j.size[start + root[k]] >= min_size;
+        } else if (keep) {
+            keep = (uint32_t)root[k] == largest;
+        }
+        if (root[k] >= -1) {
+            kept[start + first + k * THREADS] = keep ? value[k] : 0;
+        }
     }
-    kept[at] = keep ? ((const uint8_t *)j.image)[at] : 0;
 }
 
 /* ---- host ------------------------------------------------------------------------------------ */
@@ -321,6 +397,9 @@ static ss_status start(ss_exec *x, const ss_tensor *image, int64_t connectivity,
     j->voxels = s[1] * s[2] * s[3];
     j->words = (s[3] + 31) / 32;
     j->chunks = (j->voxels + CHUNK - 1) / CHUNK;
+    j->row_words = ss_divisor_of(j->words);
+    j->row = ss_divisor_of(j->w);
+    j->plane = ss_divisor_of(j->h);
     j->connectivity = (int32_t)connectivity;
     j->image = image->data;
     if (x && connectivity != 6 && connectivity != 18 && connectivity != 26) {
@@ -336,11 +415,18 @@ static ss_status start(ss_exec *x, const ss_tensor *image, int64_t connectivity,
     return SS_OK;
 }
 
-template <typename T> static ss_status join_all(ss_exec *x, const components_job &j) {
-    unsigned padded = ss_blocks(j.n * j.d * j.h * j.words * 32, THREADS);
-    SS_TRY(SS_LAUNCH(x, padded, THREADS, 0, (k_components_runs<T>), j));
-    unsigned blocks = ss_blocks(j.n * j.voxels, THREADS);
-    SS_TRY(SS_LAUNCH(x, blocks, THREADS, 0, (k_components_join<T>), j));
+/* A grid for all volumes, of blocks that have `each` of a volume's `items`. */
+static unsigned grid_of(components_job *j, int64_t items, int64_t each) {
+    const int64_t blocks = (items + each - 1) / each;
+    j->blocks = ss_divisor_of(blocks);
+    return ss_blocks(j->n * blocks, 1);
+}
+
+template <typename T> static ss_status join_all(ss_exec *x, components_job j) {
+    unsigned grid = grid_of(&j, j.d * j.h * j.words, THREADS / 32 * EACH);
+    SS_TRY(SS_LAUNCH(x, grid, THREADS, 0, (k_components_runs<T>), j));
+    grid = grid_of(&j, j.voxels, THREADS);
+    SS_TRY(SS_LAUNCH(x, grid, THREADS, 0, (k_components_join<T>), j));
     return SS_LAUNCH(x, ss_blocks(j.n * j.chunks, 1), THREADS, 0, (k_components_roots), j);
 }
 
@@ -399,7 +485,8 @@ ss_status SS_CUDA(components)(ss_exec *x, const ss_components_args *a) {
     SS_TRY(join_any(x, j, a->image.dtype));
     SS_TRY(SS_LAUNCH(x, ss_blocks(j.n, 1), THREADS, 0, (k_components_scan), j,
                      (int64_t *)a->count.data));
-    return SS_LAUNCH(x, ss_blocks(j.n * j.voxels, THREADS), THREADS, 0, (k_components_label), j);
+    const unsigned grid = grid_of(&j, j.voxels, THREADS * EACH);
+    return SS_LAUNCH(x, grid, THREADS, 0, (k_components_label), j);
 }
 
 ss_status SS_CUDA(keep_components)(ss_exec *x, const ss_keep_components_args *a) {
@@ -413,6 +500,7 @@ ss_status SS_CUDA(keep_components)(ss_exec *x, const ss_keep_components_args *a)
     if (a->min_size == 0) {
         SS_TRY(SS_LAUNCH(x, ss_blocks(j.n * j.chunks, 1), THREADS, 0, (k_components_largest), j));
     }
-    return SS_LAUNCH(x, ss_blocks(j.n * j.voxels, THREADS), THREADS, 0, (k_components_keep), j,
-                     a->min_size, (uint8_t *)a->kept.data);
+    const unsigned grid = grid_of(&j, j.voxels, THREADS * EACH);
+    return SS_LAUNCH(x, grid, THREADS, 0, (k_components_keep), j, a->min_size,
+                     (uint8_t *)a->kept.data);
 }

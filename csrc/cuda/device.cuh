@@ -122,6 +122,27 @@ static inline ss_status ss_cuda_zero(ss_exec *x, void *p, int64_t bytes) {
                          "memset");
 }
 
+/* Division of 0..2^31 - 1 by what the host knows: a multiplication and a shift instead of some
+ * forty instructions. With s = ceil(log2 by) and factor = floor(2^(31 + s) / by) + 1, the product
+ * is too large by less than n <= 2^(31 + s) / by, so the quotient is exact. */
+typedef struct ss_divisor {
+    uint32_t by, factor;
+    int32_t shift;
+} ss_divisor;
+
+static inline ss_divisor ss_divisor_of(int64_t by) {
+    ss_divisor d = {(uint32_t)by, 0, 31};
+    while ((INT64_C(1) << (d.shift - 31)) < by) {
+        ++d.shift;
+    }
+    d.factor = (uint32_t)((UINT64_C(1) << d.shift) / (uint64_t)by + 1);
+    return d;
+}
+
+SS_BOTH uint32_t ss_divided(uint32_t n, ss_divisor d) {
+    return (uint32_t)((uint64_t)n * d.factor >> d.shift);
+}
+
 /* ---- host: workspace ------------------------------------------------------------------------- */
 
 /* Pieces of the workspace, each aligned to 256 bytes. With base NULL it only counts, so the
@@ -242,7 +263,8 @@ template <typename T, typename V> SS_DEVICE void ss_store(void *p, int64_t i, V 
     static_cast<T *>(p)[i] = ss_rounded<T>::from(v);
 }
 
-/* 16 bytes at once: ss_vec16<T>::n elements; `p` must be aligned to 16 bytes. */
+/* 16 bytes at once: ss_vec16<T>::n elements; `p` must be aligned to 16 bytes, and where one stores,
+ * it must be global memory. */
 template <typename T> struct alignas(16) ss_vec16 {
     enum { n = 16 / sizeof(T) };
     T v[16 / sizeof(T)];
@@ -261,7 +283,13 @@ template <typename T> SS_DEVICE void ss_store16(T *p, const ss_vec16<T> &vec) {
         ss_vec16<T> vec;
     } u;
     u.vec = vec;
+#if defined(__CUDA_ARCH__) /* of an assignment nvcc may make four stores */
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+                 "r"(u.raw.x), "r"(u.raw.y), "r"(u.raw.z), "r"(u.raw.w)
+                 : "memory");
+#else
     *reinterpret_cast<uint4 *>(p) = u.raw;
+#endif
 }
 static inline int ss_aligned16(const void *p) {
     return ((uintptr_t)p & 15) == 0;

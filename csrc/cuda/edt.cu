@@ -17,6 +17,7 @@
 #include "edt.cuh"
 
 #define THREADS 256
+#define EACH 4
 #define BIG_I32 (1 << 30) /* "none yet": plus any cost still an int32 */
 
 enum { STORE_MIDDLE, STORE_SQUARES, STORE_SCALED, STORE_ROOT };
@@ -210,12 +211,31 @@ template <typename T> SS_KERNEL void k_edt_rows(edt_pass p, T *out) {
     }
 }
 
+/* A warp per row: the loads of EACH words are on their way together. */
 SS_KERNEL void k_edt_sites(const uint8_t *mask, int64_t rows, int64_t w, uint32_t *sites) {
-    int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x, words = ss_edt_words(w);
-    int64_t row = at / 32 / words, x = at - row * words * 32;
-    uint32_t bits = __ballot_sync(SS_ALL_LANES, row < rows && x < w && mask[row * w + x] == 0);
-    if (threadIdx.x % 32 == 0 && row < rows) {
-        sites[at / 32] = bits;
+    const int64_t row = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    const int32_t words = (int32_t)ss_edt_words(w), lane = (int32_t)threadIdx.x % 32;
+    if (row >= rows) { /* the whole warp */
+        return;
+    }
+    mask += row * w;
+    sites += row * words;
+    for (int32_t first = 0; first < words; first += EACH) {
+        bool zero[EACH];
+#pragma unroll
+        for (int32_t k = 0; k < EACH; ++k) {
+            const int32_t x = (first + k) * 32 + lane;
+            zero[k] = x < w && mask[x] == 0;
+        }
+        uint32_t own = 0;
+#pragma unroll
+        for (int32_t k = 0; k < EACH; ++k) {
+            const uint32_t bits = __ballot_sync(SS_ALL_LANES, zero[k]);
+            own = lane == k ? bits : own;
+        }
+        if (lane < EACH && first + lane < words) {
+            sites[first + lane] = own;
+        }
     }
 }
 
@@ -362,8 +382,8 @@ ss_status SS_CUDA(edt)(ss_exec *x, const ss_edt_args *a) {
     p.out = a->distance.data;
     p.scale = 1.0f;
     const int64_t rows = n[0] * n[1] * n[2];
-    SS_TRY(SS_LAUNCH(x, ss_blocks(rows * ss_edt_words(n[3]) * 32, THREADS), THREADS, 0,
-                     (k_edt_sites), (const uint8_t *)a->mask.data, rows, n[3], pieces.sites));
+    SS_TRY(SS_LAUNCH(x, ss_blocks(rows, THREADS / 32), THREADS, 0, (k_edt_sites),
+                     (const uint8_t *)a->mask.data, rows, n[3], pieces.sites));
     /* Equal spacings are integers times a factor. */
     const bool plane = n[1] == 1 && a->border != 1;
     const int store = a->squared ? STORE_SCALED : STORE_ROOT;

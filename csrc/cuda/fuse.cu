@@ -11,7 +11,7 @@
  * logits are one sigmoid: one row. A thread has N voxels: those of 16 bytes of results where V and
  * all addresses are multiples of that, else voxels a block's width apart. The kernels:
  *     k_fuse            probabilities of any C, and one row of logits: class by class, so that
- *                       nothing is kept per class; 2 to 8 sources in flight
+ *                       nothing is kept per class; 3 to 8 sources in flight
  *     k_fuse_sigmoids   the means of one row of logits, where no var and no mi is wanted
  *     k_fuse_softmax    up to 16 classes of logits (two means or float64: 8): sums in registers,
  *                       source by source, one exponential per logit
@@ -179,45 +179,38 @@ SS_DEVICE float denominator(uint32_t y) {
 /* ---- what comes out ----------------------------------------------------------------------------
  */
 
-/* N numbers of an output whose voxel p.v is element `at`. */
-template <int N, typename R>
-SS_DEVICE void put(const fuse_job<R> &j, const fuse_place &p, R *out, int64_t at, const R *v) {
-    if (j.vector) {
-        for (int k = 0; k < N; k += 16 / (int)sizeof(R)) {
-            ss_vec16<R> piece;
-            for (int i = 0; i < 16 / (int)sizeof(R); ++i) {
-                piece.v[i] = v[k + i];
+/* N numbers of an output whose voxel p.v is element `at`; labels are bytes. */
+template <int N, typename R, typename T>
+SS_DEVICE void put(const fuse_job<R> &j, const fuse_place &p, T *out, int64_t at, const T *v) {
+    if constexpr (N > 1) {
+        if (j.vector) {
+            if constexpr (sizeof(T) == 1) {
+                uint32_t word = 0;
+#pragma unroll
+                for (int k = 0; k < N; ++k) {
+                    word |= (uint32_t)v[k] << 8 * k;
+                }
+                if constexpr (N == 4) {
+                    *reinterpret_cast<uint32_t *>(out + at) = word;
+                } else {
+                    *reinterpret_cast<uint16_t *>(out + at) = (uint16_t)word;
+                }
+            } else {
+                ss_vec16<T> piece;
+#pragma unroll
+                for (int k = 0; k < N; ++k) {
+                    piece.v[k] = v[k];
+                }
+                ss_store16(out + at, piece);
             }
-            ss_store16(out + at + k, piece);
+            return;
         }
-        return;
     }
+#pragma unroll
     for (int k = 0; k < N; ++k) {
         if (p.v + k * p.step < j.V) {
             out[at + k * p.step] = v[k];
         }
-    }
-}
-
-template <int N, typename R>
-SS_DEVICE void put_labels(const fuse_job<R> &j, const fuse_place &p, const int32_t *label) {
-    uint8_t *out = j.label + p.b * j.V + p.v;
-    if (!j.vector) {
-        for (int k = 0; k < N; ++k) {
-            if (p.v + k * p.step < j.V) {
-                out[k * p.step] = (uint8_t)label[k];
-            }
-        }
-        return;
-    }
-    uint32_t bytes = 0;
-    for (int k = 0; k < N; ++k) {
-        bytes |= (uint32_t)(uint8_t)label[k] << 8 * k;
-    }
-    if constexpr (N == 4) {
-        *reinterpret_cast<uint32_t *>(out) = bytes;
-    } else {
-        *reinterpret_cast<uint16_t *>(out) = (uint16_t)bytes;
     }
 }
 
@@ -272,16 +265,16 @@ template <typename R> SS_DEVICE R weight_of(const fuse_job<R> &j, R u, R conf) {
 template <int N, typename R>
 SS_DEVICE void finish(const fuse_job<R> &j, const fuse_place &p, const fuse_state<R, N> &s) {
     R u[N], weight[N];
-    int32_t label[N];
+    uint8_t label[N];
 #pragma unroll
     for (int k = 0; k < N; ++k) {
         u[k] = inside(s.doubt[k] * j.scale);
         bool keep = s.conf[k] >= j.tau_c && (!j.gated || u[k] <= j.tau_u);
-        label[k] = keep ? s.label[k] : j.ignore;
+        label[k] = (uint8_t)(keep ? s.label[k] : j.ignore);
     }
     const int64_t at = p.b * j.V + p.v;
     if (j.label) {
-        put_labels<N>(j, p, label);
+        put<N>(j, p, j.label, at, label);
     }
     if (j.confidence) {
         put<N>(j, p, j.confidence, at, s.conf);
@@ -301,20 +294,20 @@ SS_DEVICE void finish(const fuse_job<R> &j, const fuse_place &p, const fuse_stat
 /* Nothing is known about this sample: uniform distribution, u = 1, weight 0, label ignored. */
 template <int N, typename R> SS_DEVICE void unknown(const fuse_job<R> &j, const fuse_place &p) {
     R chance[N], one[N], zero[N];
-    int32_t label[N];
+    uint8_t label[N];
 #pragma unroll
     for (int k = 0; k < N; ++k) {
         chance[k] = j.chance;
         one[k] = (R)1;
         zero[k] = (R)0;
-        label[k] = j.ignore;
+        label[k] = (uint8_t)j.ignore;
     }
     const int64_t at = p.b * j.V + p.v, rows = j.pair ? 2 : j.rows;
     for (int64_t c = 0; j.mean && c < rows; ++c) {
         put<N>(j, p, j.mean, (p.b * rows + c) * j.V + p.v, chance);
     }
     if (j.label) {
-        put_labels<N>(j, p, label);
+        put<N>(j, p, j.label, at, label);
     }
     if (j.confidence) {
         put<N>(j, p, j.confidence, at, chance);
@@ -451,7 +444,7 @@ template <typename T> struct fuse_pieces {
 template <typename R> struct fuse_any {
     typedef R real;
     typedef R stored;
-    enum { N = 16 / sizeof(R), BATCH = 2, MI = 1 };
+    enum { N = 16 / sizeof(R), BATCH = sizeof(R) == 8 ? 4 : 3, MI = 1 };
     const fuse_job<R> &j;
     const fuse_place &p;
 
@@ -783,15 +776,19 @@ SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_sigmoids(fuse_job<float> j) 
 /* ---- source by source --------------------------------------------------------------------------
  */
 
-/* The probabilities of a source's C <= MOST classes. */
-template <int MOST, typename T, typename R>
-SS_DEVICE void softmax(const fuse_job<R> &j, const fuse_place &p, int s, R *x) {
+/* A source's C <= MOST logits. */
+template <int MOST, typename R>
+SS_DEVICE void load_logits(const fuse_job<R> &j, const fuse_place &p, int s, R *x) {
     const int64_t at = p.b * j.C * j.V + p.v;
+    FUSE_FOR_DTYPE(
+        j, R, T, _Pragma("unroll") for (int c = 0; c < MOST; ++c) {
+            x[c] = c < (int)j.C ? element<T>(j, s, at + c * j.V) : (R)0;
+        });
+}
+
+/* Their probabilities; 0 beyond C. */
+template <int MOST, typename R> SS_DEVICE void softmax(const fuse_job<R> &j, R *x) {
     const int C = (int)j.C;
-#pragma unroll
-    for (int c = 0; c < MOST; ++c) {
-        x[c] = c < C ? element<T>(j, s, at + c * j.V) : (R)0;
-    }
     R most = x[0], sum = 0;
 #pragma unroll
     for (int c = 1; c < MOST; ++c) {
@@ -825,7 +822,7 @@ template <int MOST, typename R> SS_DEVICE R entropy_of_all(const fuse_job<R> &j,
 /* MOST 16 is for one mean alone: two would not fit into the registers. */
 template <int MOST, typename R>
 SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_softmax(fuse_job<R> j) {
-    enum { LAB = MOST > 8 ? 1 : MOST };
+    enum { LAB = MOST > 8 ? 1 : MOST, AHEAD = sizeof(R) == 4 };
     const fuse_place p = place_of(j, 1);
     if (p.v >= j.V) {
         return;
@@ -836,9 +833,17 @@ SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_softmax(fuse_job<R> j) {
     }
     const bool mi = j.need_u && j.unc == UNC_MI, two = LAB == MOST && p.two;
     R ref_u[MOST], ref_l[LAB], mu[MOST], mean[LAB], spread = 0, h_ref = 0;
-    FUSE_FOR_DTYPE(j, R, T, softmax<MOST, T>(j, p, p.ref_u, ref_u));
+    R x[MOST], next[MOST]; /* the next source is on its way while this one is computed */
+    load_logits<MOST>(j, p, p.ref_u, ref_u);
     if (two) {
-        FUSE_FOR_DTYPE(j, R, T, softmax<LAB, T>(j, p, p.ref_l, ref_l));
+        load_logits<LAB>(j, p, p.ref_l, ref_l);
+    }
+    if (AHEAD && p.n > 0) {
+        load_logits<MOST>(j, p, j.entry[p.first], next);
+    }
+    softmax<MOST>(j, ref_u);
+    if (two) {
+        softmax<LAB>(j, ref_l);
     }
 #pragma unroll
     for (int c = 0; c < MOST; ++c) {
@@ -848,10 +853,19 @@ SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_softmax(fuse_job<R> j) {
         h_ref = entropy_of_all<MOST>(j, ref_u);
     }
     for (int e = p.first; e < p.first + p.n; ++e) {
-        const int s = j.entry[e];
         const R r_unc = j.r_unc[e], r_lab = two ? j.r_lab[e] : (R)0;
-        R x[MOST];
-        FUSE_FOR_DTYPE(j, R, T, softmax<MOST, T>(j, p, s, x));
+        if (AHEAD) {
+#pragma unroll
+            for (int c = 0; c < MOST; ++c) {
+                x[c] = next[c];
+            }
+            if (e + 1 < p.first + p.n) {
+                load_logits<MOST>(j, p, j.entry[e + 1], next);
+            }
+        } else {
+            load_logits<MOST>(j, p, j.entry[e], x);
+        }
+        softmax<MOST>(j, x);
         if (r_unc > 0) {
 #pragma unroll
             for (int c = 0; c < MOST; ++c) {

@@ -26,6 +26,7 @@
 #define WARPS (THREADS / SS_WARP)
 #define EACH 16 /* voxels per thread */
 #define CHUNK (THREADS * EACH)
+#define AHEAD 4    /* voxels of a thread whose loads are on their way together */
 #define SIDE 16384 /* d2 <= (SIDE / 2)^2 = 2^26 */
 
 typedef struct click_row {
@@ -123,18 +124,26 @@ SS_KERNEL void k_next_click_lines(click_task c) {
     const int64_t row = line / lines;
     const uint32_t found = row < c.rows && !skipped(&c, row) ? c.row[row].found : 0;
     uint32_t last = 0; /* kind of the voxel before the word */
-    for (int32_t w = 0; w < words; ++w) {
-        const int64_t x = w * 32 + lane;
-        int32_t kind = found && x < c.W ? kind_at(&c, line * c.W + x, found & 1) : 0;
-        uint32_t one = __ballot_sync(SS_ALL_LANES, kind == 1);
-        uint32_t two = __ballot_sync(SS_ALL_LANES, kind == 2);
-        if (lane == 0) {
-            uint32_t change = (one ^ (one << 1 | (last & 1))) | (two ^ (two << 1 | last >> 1));
-            fn[w] = one;
-            fp[w] = two;
-            edge[w] = change | (w == 0);
+    for (int32_t first = 0; first < words; first += AHEAD) {
+        int32_t kind[AHEAD];
+#pragma unroll
+        for (int32_t k = 0; k < AHEAD; ++k) {
+            const int64_t x = (first + k) * 32 + lane;
+            kind[k] = found && x < c.W ? kind_at(&c, line * c.W + x, found & 1) : 0;
         }
-        last = one >> 31 | two >> 31 << 1;
+#pragma unroll
+        for (int32_t k = 0; k < AHEAD; ++k) {
+            const int32_t w = first + k;
+            uint32_t one = __ballot_sync(SS_ALL_LANES, kind[k] == 1);
+            uint32_t two = __ballot_sync(SS_ALL_LANES, kind[k] == 2);
+            if (lane == 0 && w < words) {
+                uint32_t change = (one ^ (one << 1 | (last & 1))) | (two ^ (two << 1 | last >> 1));
+                fn[w] = one;
+                fp[w] = two;
+                edge[w] = change | (w == 0);
+            }
+            last = one >> 31 | two >> 31 << 1;
+        }
     }
     __syncthreads();
     for (int32_t w = 0; found && w < words; ++w) {
@@ -191,20 +200,27 @@ SS_KERNEL void k_next_click_axis(click_task c, int32_t from, int64_t stride, int
     const int32_t *near = c.near[from] + row * c.voxels;
     int32_t *out = c.near[1 - from] + row * c.voxels;
     int32_t most_fn = 0, most_fp = 0;
-    for (int32_t k = 0; k < EACH; ++k) {
-        const int64_t i = chunk * CHUNK + k * THREADS + threadIdx.x;
-        if (i >= c.voxels) {
-            break;
+    for (int32_t first = 0; first < EACH; first += AHEAD) {
+        const int64_t start = chunk * CHUNK + first * THREADS + threadIdx.x;
+        int32_t v[AHEAD];
+#pragma unroll
+        for (int32_t k = 0; k < AHEAD; ++k) {
+            v[k] = start + k * THREADS < c.voxels ? near[start + k * THREADS] : 0;
         }
-        int32_t v = near[i];
-        if (v) {
-            const int32_t kind = v & 3;
-            int32_t d = search_axis(near + i, i / stride % n, n, stride, kind, v >> 2);
-            most_fn = kind == 1 && d > most_fn ? d : most_fn;
-            most_fp = kind == 2 && d > most_fp ? d : most_fp;
-            v = d << 2 | kind;
+#pragma unroll
+        for (int32_t k = 0; k < AHEAD; ++k) {
+            const int64_t i = start + k * THREADS;
+            if (v[k]) {
+                const int32_t kind = v[k] & 3;
+                int32_t d = search_axis(near + i, i / stride % n, n, stride, kind, v[k] >> 2);
+                most_fn = kind == 1 && d > most_fn ? d : most_fn;
+                most_fp = kind == 2 && d > most_fp ? d : most_fp;
+                v[k] = d << 2 | kind;
+            }
+            if (i < c.voxels) {
+                out[i] = v[k];
+            }
         }
-        out[i] = v;
     }
     if (last) {
         most_fn = ss_block_max<THREADS>(most_fn, room);
