@@ -276,11 +276,11 @@ def test_voxel_loss_of_logits_that_are_not_finite_is_the_cpus(bad, channels, lib
 def test_voxel_loss_with_more_class_weights_than_a_launch_takes(library):
     needs("voxel_loss_forward")
     r = np.random.default_rng(3)
-    c, terms = 130, 5  # 650 numbers: two launches
-    z, y = r.standard_normal((1, c, 40)), r.integers(0, c, (1, 40)).astype(np.int64)
+    b, c, terms = 4, 130, 5  # 650 numbers: two launches; and more values than the last block makes
+    z, y = r.standard_normal((b, c, 40)), r.integers(0, c, (b, 40)).astype(np.int64)
     params = []
     for _ in range(terms):
-        params += _plain_term(0, 0, -1, 1, c)[:-c] + r.random(c).tolist()
+        params += _plain_term(0, 0, -1, b, c)[:-c] + r.random(c).tolist()
     inputs = [torch.from_numpy(z), [torch.from_numpy(y)], [], params, 0, terms]
     case = Case("voxel_loss_forward", "many", lambda rng: inputs)
     for ours, cpu in zip(emulated(case, inputs), run(case, inputs), strict=True):

@@ -1,35 +1,30 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * voxel_loss.cu: any sum of losses on the same logits in one forward and one
- * backward sweep.
+ * voxel_loss.cu: any sum of losses on the same logits in one forward and one backward sweep.
  *
- * Every loss is a function of a few sums over voxels (per term, sample and
- * class):
+ * Every loss is a function of a few sums over voxels (per term, sample and class):
  *
- *     Dice      I = sum m p q, Z = sum m p^2 (linear: m p), Y = sum m q^2 (m
- * q), W = sum m others    num = sum m d, den = sum m a_y (or sum m), W = sum m
- *               d: CE lse z - z_y, MSE sum_c (p - q)^2, KL sum_c q ln(q / p),
- * entropy -sum_c p ln p
+ *     Dice      I = sum m p q, Z = sum m p^2 (linear: m p), Y = sum m q^2 (m q), W = sum m
+ *     others    num = sum m d, den = sum m a_y (or sum m), W = sum m
+ *               d: CE lse z - z_y, MSE sum_c (p - q)^2, KL sum_c q ln(q / p), entropy -sum_c p ln p
  *
- * Launches forward: a sweep for each group of terms with fewer than five
- * classes, one for all others; they write the sums of each chunk. Then their
- * sum in chunk order -> stats [terms, B, C, 4], values [terms, B, C]. Backward:
- * derivatives of the values by the sums, as the factors of a group
- * (voxel_loss.cuh); then one sweep dz = p (g - <p, g>) + direct terms. Many
- * class weights (terms C > 144) travel in launches of their own, since a graph
- * must hold them. Least traffic per voxel: forward C logits, label and weight,
- * backward the same and C gradients; what the kernels here read is small.
- * Numerics: sums over chunks, losses and derivatives in double. Deterministic:
- * chunks are decided by the problem, and one thread adds every 32nd. On the CPU
- * a wrong label or a negative weight is an error; here such a voxel has weight
- * 0 and is counted (forward). registers
- * <= 64
+ * Launches forward: a sweep for each group of terms that has one of its own, one for all others;
+ * they write the sums of each chunk. Then their sum in chunk order -> stats [terms, B, C, 4] and,
+ * in the same launch if they are few, values [terms, B, C].
+ * Backward: derivatives of the values by the sums, as the factors of a group (voxel_loss.cuh); then
+ * one sweep dz = p (g - <p, g>) + direct terms. Many class weights (terms C > 112) travel in
+ * launches of their own, since a graph must hold them. Least traffic per voxel: forward C logits,
+ * label and weight, backward the same and C gradients; what the kernels here read is small.
+ * Numerics: sums over chunks, losses and derivatives in double. Deterministic: chunks are decided
+ * by the problem, and one thread adds every 32nd. On the CPU a wrong label or a negative weight is
+ * an error; here such a voxel has weight 0 and is counted (forward). registers <= 64
  */
 #include "voxel_loss.cuh"
 
 #define FIELDS 17 /* numbers per term before its class weights: ops.def */
 #define THREADS 128
-#define LETTER 448 /* class weights in one launch */
+#define LETTER 448   /* class weights in one launch */
+#define AT_ONCE 2048 /* values that the last block of the fold makes, too */
 
 /* What values and derivatives need to know of a term. */
 typedef struct rule {
@@ -323,33 +318,7 @@ static int64_t far_weights(int64_t terms, int64_t classes) {
     return terms * classes > VL_NEAR ? terms * classes : 0;
 }
 
-/* ---- sums over chunks ------------------------------------------------------------------------ */
-
-/* One block per term, sample and class: stats [terms, B, C, 4]. */
-SS_KERNEL void __launch_bounds__(THREADS) k_voxel_loss_fold(const rules r) {
-    SS_SHARED double room[THREADS];
-    const int64_t at = blockIdx.x, c = at % r.C, b = at / r.C % r.B;
-    const rule &t = r.of[at / r.C / r.B];
-    const int k = threadIdx.x % 4;
-    double sum = 0.0;
-    if (t.first <= b && b < t.last && (t.kind == VL_DICE || c == 0)) {
-        const int64_t chunks = r.chunks[t.few], rows = r.rows[t.few];
-        const double *part = r.part[t.few] + (b * chunks * rows + t.row + c) * 4 + k;
-        for (int64_t i = threadIdx.x / 4; i < chunks; i += THREADS / 4) {
-            sum += part[i * rows * 4];
-        }
-    }
-    room[threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.x < 4) {
-        for (int i = 1; i < THREADS / 4; ++i) {
-            sum += room[4 * i + k];
-        }
-        r.stats[at * 4 + k] = sum;
-    }
-}
-
-/* ---- losses from sums, and their derivatives ------------------------------------------------- */
+/* ---- sums over chunks, losses from them, and derivatives ------------------------------------- */
 
 SS_DEVICE double weight_of(const rules &r, int64_t i, int64_t c) {
     return r.far ? r.far[i * r.C + c] : r.near[i * r.C + c];
@@ -425,25 +394,70 @@ SS_DEVICE double voxel_factor(const rules &r, int64_t i, const double *stats, in
     return den == 0.0 ? 0.0 : factor / den;
 }
 
-/* One thread per term, sample and class. Exactly 0 without a voxel that counts, even if num is
- * NaN. */
+/* The value of one class of one sample and term, or of all samples together in the first. Exactly 0
+ * without a voxel that counts, even if num is NaN. */
+SS_DEVICE double value_of(const rules &r, int64_t at) {
+    const int64_t c = at % r.C, b = at / r.C % r.B, i = at / r.C / r.B;
+    const rule &t = r.of[i];
+    if (b < t.first || b >= t.last) {
+        return 0.0;
+    }
+    if (t.kind != VL_DICE) {
+        const double k = c == 0 ? voxel_factor(r, i, r.stats, b) : 0.0;
+        return k == 0.0 ? 0.0 : k * r.stats[at * 4];
+    }
+    double by[2];
+    return t.batch && b > t.first ? 0.0
+                                  : dice_class(r, i, r.stats, b, t.batch ? t.last : b + 1, c, by);
+}
+
 SS_KERNEL void __launch_bounds__(THREADS) k_voxel_loss_values(const rules r, double *values) {
     const int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    const int64_t c = at % r.C, b = at / r.C % r.B, i = at / r.C / r.B;
-    if (i >= r.terms) {
-        return;
+    if (at < r.terms * r.B * r.C) {
+        values[at] = value_of(r, at);
     }
-    const rule &t = r.of[i];
-    double value = 0.0, by[2];
-    if (t.first <= b && b < t.last) {
-        if (t.kind != VL_DICE) {
-            const double k = c == 0 ? voxel_factor(r, i, r.stats, b) : 0.0;
-            value = k == 0.0 ? 0.0 : k * r.stats[at * 4];
-        } else if (!t.batch || b == t.first) {
-            value = dice_class(r, i, r.stats, b, t.batch ? t.last : b + 1, c, by);
+}
+
+/* One block per term, sample and class: stats [terms, B, C, 4]. The last block to be done goes on
+ * with the values, unless they are NULL: many values are a launch of their own. */
+SS_KERNEL void __launch_bounds__(THREADS)
+    k_voxel_loss_fold(const rules r, uint32_t *done, double *values) {
+    SS_SHARED double room[THREADS];
+    SS_SHARED int32_t last;
+    const int64_t at = blockIdx.x, c = at % r.C, b = at / r.C % r.B;
+    const rule &t = r.of[at / r.C / r.B];
+    const int k = threadIdx.x % 4;
+    double sum = 0.0;
+    if (t.first <= b && b < t.last && (t.kind == VL_DICE || c == 0)) {
+        const int64_t chunks = r.chunks[t.few], rows = r.rows[t.few];
+        const double *part = r.part[t.few] + (b * chunks * rows + t.row + c) * 4 + k;
+        for (int64_t i = threadIdx.x / 4; i < chunks; i += THREADS / 4) {
+            sum += part[i * rows * 4];
         }
     }
-    values[at] = value;
+    room[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x < 4) {
+        for (int i = 1; i < THREADS / 4; ++i) {
+            sum += room[4 * i + k];
+        }
+        r.stats[at * 4 + k] = sum;
+    }
+    if (!values) {
+        return;
+    }
+    __threadfence(); /* stats before `done` */
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(done, 1u) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (last) {
+        __threadfence();
+        for (int64_t i = threadIdx.x; i < r.terms * r.B * r.C; i += THREADS) {
+            values[i] = value_of(r, i);
+        }
+    }
 }
 
 /* Adds a term's part to the factors u v e f a d of its group. */
@@ -490,8 +504,7 @@ SS_KERNEL void __launch_bounds__(THREADS)
     }
 }
 
-/* ---- what up to 16 classes have sweeps for
- * -------------------------------------------------------- */
+/* ---- what up to 16 classes have sweeps for --------------------------------------------------- */
 
 /* Four elements in one access, or in two if they are of 8 bytes. */
 static bool is_wide(const void *p, int32_t dtype) {
@@ -552,7 +565,8 @@ static ss_status sweep_group(ss_exec *x, const plan *p, int32_t group) {
     g.last = o->last;
     g.chunks = r->chunks[1];
     g.rows = r->rows[1];
-    g.part = j->part; /* of the few */
+    g.part = j->part; /* of groups */
+    g.done = j->done;
     g.slot = j->slot[o->slot];
     g.wide = is_wide(p, o);
     g.weighted = g.slot.weight != nullptr;
@@ -596,12 +610,14 @@ static int64_t chunks_of(int64_t voxels, int64_t chunk) {
 
 typedef struct forward_pieces {
     double *part, *far;
+    uint32_t *done; /* blocks of the fold; every sweep sets it to 0 */
 } forward_pieces;
 
 static void layout(ss_carve *w, const ss_voxel_loss_forward_args *a, forward_pieces *p) {
     const int64_t *s = a->logits.shape;
     const int64_t chunks = chunks_of(s[2], ss_vl_any_chunk());
     p->far = ss_take<double>(w, far_weights(a->terms, s[1]));
+    p->done = ss_take<uint32_t>(w, 1);
     p->part = ss_take<double>(w, s[0] * chunks * rows_of(&a->params, a->terms, s[1]) * 4);
 }
 
@@ -638,6 +654,7 @@ ss_status SS_CUDA(voxel_loss_forward)(ss_exec *x, const ss_voxel_loss_forward_ar
     layout(&w, a, &pieces);
     SS_TRY(post_weights(x, &p, pieces.far));
     p.job.faults = SS_FAULTS_OF(x, voxel_loss_forward);
+    p.job.done = pieces.done;
     vl_job any = p.job;
     deal(&p, &any);
     /* The few's chunks are the larger ones: both fit into what all would take as `any`. */
@@ -655,9 +672,11 @@ ss_status SS_CUDA(voxel_loss_forward)(ss_exec *x, const ss_voxel_loss_forward_ar
         SS_TRY(ss_vl_any_forward(x, &any));
     }
     const int64_t n = a->terms * p.job.B * p.job.C;
-    SS_TRY(SS_LAUNCH(x, ss_blocks(n, 1), THREADS, 0, (k_voxel_loss_fold), p.rule));
-    return SS_LAUNCH(x, ss_blocks(n, THREADS), THREADS, 0, (k_voxel_loss_values), p.rule,
-                     (double *)a->values.data);
+    double *values = (double *)a->values.data, *at_once = n <= AT_ONCE ? values : nullptr;
+    SS_TRY(SS_LAUNCH(x, ss_blocks(n, 1), THREADS, 0, (k_voxel_loss_fold), p.rule, pieces.done,
+                     at_once));
+    return SS_LAUNCH(x, at_once ? 0u : ss_blocks(n, THREADS), THREADS, 0, (k_voxel_loss_values),
+                     p.rule, values);
 }
 
 typedef struct backward_pieces {

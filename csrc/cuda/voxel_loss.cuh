@@ -1,21 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * voxel_loss.cuh: what the files of the voxel losses share: terms as numbers,
- * reading of voxels.
+ * voxel_loss.cuh: what the files of the voxel losses share: terms as numbers, reading of voxels.
  *
- * voxel_loss.cu      terms from numbers, losses from sums, derivatives by the
- * sums, the operators voxel_loss_few.cu  the sweeps over the voxels for softmax
- * over 2 to 4 classes voxel_loss_any.cu  the sweeps for any sum of terms and
- * any number of classes
+ * voxel_loss.cu       terms from numbers, losses from sums, derivatives by the sums, the operators
+ * voxel_loss_few.cu   the sweeps over the voxels for softmax over 2 to 4 classes
+ * voxel_loss_many.cu  the same for 5 to 16 classes: labels, and all gradients
+ * voxel_loss_any.cu   the sweeps for any sum of terms and any number of classes
  *
- * Terms that have target, voxel weights and samples in common are a group. Its
- * gradient is one formula with factors that are sums over its terms:
+ * Terms that have target, voxel weights and samples in common are a group. Its gradient is one
+ * formula with factors that are sums over its terms:
  *
- *     h_c = m (p_c (u q_c + v p_c + e + f lost_c) - a q_c - d),  lost_c = -ln
- * p_c
+ *     h_c = m (p_c (u q_c + v p_c + e + f lost_c) - a q_c - d),  lost_c = -ln p_c
  *
- * A job goes to a sweep by value, so it has to fit into the 4 KiB that every
- * GPU takes.
+ * A job goes to a sweep by value, so it has to fit into the 4 KiB that every GPU takes.
  */
 #ifndef SS_CUDA_VOXEL_LOSS_CUH
 #define SS_CUDA_VOXEL_LOSS_CUH
@@ -23,7 +20,7 @@
 #include "device.cuh"
 
 #define VL_TERMS 32
-#define VL_NEAR 144 /* class weights of all terms that travel with the job */
+#define VL_NEAR 112 /* class weights of all terms that travel with the job */
 
 enum { VL_CE, VL_DICE, VL_MSE, VL_KL, VL_ENTROPY };
 enum { VL_SOFTMAX, VL_SIGMOID, VL_NONE };
@@ -67,6 +64,7 @@ typedef struct vl_job {
                            of computing */
     const double *far;  /* class weights [terms, C] if there are too many to be near */
     unsigned long long *faults;
+    uint32_t *done; /* forward: a number to be set to 0 for the launch that follows */
     vl_term term[VL_TERMS];
     vl_slot slot[VL_TERMS];
     double near[VL_NEAR];
@@ -89,6 +87,7 @@ typedef struct vl_group {
     int64_t C, S, first, last, chunks, rows;
     double *part;
     unsigned long long *faults; /* NULL: counted elsewhere */
+    uint32_t *done;             /* as in vl_job */
     vl_slot slot;
     int64_t row[5]; /* of a term of each kind, -1: none */
     int32_t logits_dtype, dtype, wide, squared, weighted;
@@ -160,6 +159,13 @@ SS_DEVICE void vl_read_slot(const vl_slot &s, int64_t i, int64_t classes, int32_
     const bool negative = w < R(0);
     *faults += negative;
     *m = *y >= 0 && !negative ? w : R(0);
+}
+
+/* What a forward sweep does for the launch that follows. */
+SS_DEVICE void vl_prepare(uint32_t *done) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        *done = 0;
+    }
 }
 
 /* Adds a block's faults, a number per thread, to the operator's counter. */

@@ -1,23 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * voxel_loss_any.cu: a forward and a backward sweep over the voxels for any sum
- * of terms, any number of classes, any dtypes.
+ * voxel_loss_any.cu: a forward and a backward sweep over the voxels for any sum of terms, any
+ * number of classes, any dtypes.
  *
- *     p_c = e^(z_c - max z) / s,  s = sum_c e^(z_c - max z)   (sigmoid: 1 / (1
- * + e^-z_c); none: z_c) forward    sums over a chunk per term: Dice I, Z, Y, W
- * per class; others num, den, W backward   dz_c = h_c - p_c sum_k h_k
- * (softmax), h_c (others); h_c summed over groups: voxel_loss.cuh (other
- * activations: their slope instead of p_c, and a (q_c - p_c))
+ *     p_c = e^(z_c - max z) / s,  s = sum_c e^(z_c - max z)  (sigmoid: 1 / (1 + e^-z_c), none: z_c)
+ *     forward    sums over a chunk per term: Dice I, Z, Y, W per class; others num, den, W
+ *     backward   dz_c = h_c - p_c sum_k h_k (softmax), h_c (others); h_c summed over groups:
+ *                voxel_loss.cuh (other activations: their slope instead of p_c, and a (q_c - p_c))
  *
- * logits [B, C, S] -> part [B, chunks, rows, 4], dlogits [B, C, S]. Threads own
- * voxels and walk through their classes, whose logits they read again for every
- * step (maximum, s, each term; backward: maximum, s, sum of h, result), as a
- * rule from a cache: of memory, C logits, label and weight per voxel forward,
- * the same and C gradients backward, and 32 bytes per row and 1024 voxels. Few
- * classes have faster sweeps. Numerics: float, for float64 logits double; four
- * voxels of a thread, then a tree over its warp, then double. Logarithms are
- * taken of s alone, never of p. Faulty labels and weights count as weight 0.
- * Deterministic: all orders are fixed by the problem. registers <= 128
+ * logits [B, C, S] -> part [B, chunks, rows, 4], dlogits [B, C, S]. Threads own voxels and walk
+ * through their classes, whose logits they read again for every step (maximum, s, each term;
+ * backward: maximum, s, sum of h, result), as a rule from a cache: of memory, C logits, label and
+ * weight per voxel forward, the same and C gradients backward, and 32 bytes per row and 1024
+ * voxels. What is common has faster sweeps.
+ * Numerics: float, for float64 logits double; four voxels of a thread, then a tree over its warp,
+ * then double. Logarithms are taken of s alone, never of p. Faulty labels and weights count as
+ * weight 0. Deterministic: all orders are fixed by the problem. registers <= 128
  */
 #include "voxel_loss.cuh"
 
@@ -257,6 +255,7 @@ SS_KERNEL void __launch_bounds__(THREADS, 2) k_voxel_loss_any_forward(const vl_j
     n.at = from + threadIdx.x;
     n.end = from + CHUNK < j.S ? from + CHUNK : j.S;
     int32_t faults = 0;
+    vl_prepare(j.done);
     if (!is_covered(j, n.b)) {
         return;
     }

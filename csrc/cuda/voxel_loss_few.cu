@@ -1,26 +1,23 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * voxel_loss_few.cu: the sweeps for softmax over 2 to 4 classes, everything in
- * registers.
+ * voxel_loss_few.cu: the sweeps for softmax over 2 to 4 classes, everything in registers.
  *
- *     p_c = e^(x_c) / s,  x_c = z_c - max z,  s = sum_c e^(x_c);   lost_c = -ln
- * p_c = ln s - x_c labels         per class c, over its voxels: I = sum m p_c,
- * Y = sum m, L = sum m lost_c, and Z = sum m p_c^2 over all voxels; where all
- * weights are 1 only the sum of L is needed, which is ln(product of s) - sum
- * x_y: no logarithm per voxel distributions  squared error, KL, cross entropy,
- * entropy, W, and Dice's I, Z, Y backward       h_c = m (p_c (u q_c + v p_c + e
- * + f lost_c) - a q_c - d) summed over groups, dz_c = h_c - p_c sum_k h_k
+ *     p_c = e^(x_c) / s,  x_c = z_c - max z,  s = sum_c e^(x_c);   lost_c = -ln p_c = ln s - x_c
+ *     labels         per class c, over its voxels: I = sum m p_c, Y = sum m, L = sum m lost_c, and
+ *                    Z = sum m p_c^2 over all voxels; where all weights are 1 only the sum of L is
+ *                    needed, which is ln(product of s) - sum x_y: no logarithm per voxel
+ *     distributions  squared error, KL, cross entropy, entropy, W, and Dice's I, Z, Y
+ *     backward       h_c of voxel_loss.cuh summed over groups, dz_c = h_c - p_c sum_k h_k
  *
- * logits [B, C, S] -> part [B, chunks, rows, 4], dlogits [B, C, S]; half
- * precision or float. A group is what has its target, weights and samples in
- * common: one launch each forward, one launch for all backward. Bytes per
- * voxel: C logits, label or C targets, weight; C gradients backward; 16 logits,
- * labels, ... of a row in one access of a warp's lane where addresses allow it
- * (4 voxels). Numerics: float; exp, ln and reciprocal below with fused
- * multiply-adds written out, relative error of p below 4e-7; 32 voxels of a
- * thread, a tree over its warp, then double. Logits that are not finite go
- * through the expressions of voxel_loss_any.cu. Deterministic: all orders are
- * fixed by the problem, and every GPU gives the same bits. registers <= 128
+ * logits [B, C, S] -> part [B, chunks, rows, 4], dlogits [B, C, S]; half precision or float. One
+ * launch for each group forward, one for all backward. Bytes per voxel: C logits, label or C
+ * targets, weight; C gradients backward. A thread has four neighbouring voxels: 16 bytes of logits,
+ * labels, ... are one access where addresses allow it (4 elements apart, as when S is a multiple of
+ * 4), else several.
+ * Numerics: float, voxel_loss_math.cuh: relative error of p below 4e-7; 32 voxels of a thread, a
+ * tree over its warp, then double. Logits that are not finite go through the expressions of
+ * voxel_loss_any.cu. Deterministic: all orders are fixed by the problem, and every GPU gives the
+ * same bits. registers <= 128
  */
 #include "voxel_loss_math.cuh"
 
@@ -30,10 +27,10 @@
 #define STEP (THREADS * EACH)
 #define TURNS 8
 #define CHUNK VL_CHUNK
+#define PULL (4 * STEP) /* voxels of a block backward */
 static_assert(CHUNK == STEP * TURNS, "32 voxels of a thread: see label_sums");
 
-/* ---- four neighbours
- * --------------------------------------------------------------------------- */
+/* ---- four neighbours ------------------------------------------------------------------------- */
 
 /* Four elements of BYTES bytes, at an address that is a multiple of their size or of 16. */
 template <int BYTES> struct four {
@@ -253,8 +250,7 @@ SS_DEVICE void weights4(const vl_slot &s, int64_t at, int n, bool wide, float *m
     }
 }
 
-/* ---- softmax
- * ----------------------------------------------------------------------------------- */
+/* ---- softmax --------------------------------------------------------------------------------- */
 
 /* Four voxels: probabilities, x = z - max z (two classes: x[1] = z_1 - z_0 alone), and s. */
 template <int C> struct softmax4 {
@@ -346,8 +342,7 @@ SS_DEVICE void read_logits(const char *q, int64_t stride, int n, bool wide, four
     }
 }
 
-/* ---- forward: sums of a block
- * ------------------------------------------------------------------ */
+/* ---- forward: sums of a block ---------------------------------------------------------------- */
 
 template <int ROWS> struct room {
     float warp[ROWS][WARPS][4];
@@ -451,6 +446,7 @@ SS_KERNEL void __launch_bounds__(THREADS, C == 2 ? 4 : (C == 3 || !WEIGHTED ? 3 
     k_voxel_loss_few_labels(const vl_group g) {
     SS_SHARED room<C> shared;
     const vl_place at = vl_place_of(g);
+    vl_prepare(g.done);
     const int64_t slot = (at.b - g.first) * g.S + at.from + threadIdx.x * EACH;
     const int64_t stride = g.S * (int64_t)sizeof(T), bytes = g.slot.label_bytes;
     const char *logit = address(g.logits, at.b * C * g.S + at.from + threadIdx.x * EACH, sizeof(T));
@@ -522,6 +518,7 @@ template <typename T, int C>
 SS_KERNEL void __launch_bounds__(THREADS, 2) k_voxel_loss_few_targets(const vl_group g) {
     SS_SHARED room<C + 2> shared;
     const vl_place at = vl_place_of(g);
+    vl_prepare(g.done);
     const int64_t logits = at.b * C * g.S + at.from, slot = (at.b - g.first) * g.S;
     const int32_t end = (int32_t)(at.end - at.from);
     const bool dice = g.row[VL_DICE] >= 0, mse = g.row[VL_MSE] >= 0, kl = g.row[VL_KL] >= 0;
@@ -598,104 +595,153 @@ SS_KERNEL void __launch_bounds__(THREADS, 2) k_voxel_loss_few_targets(const vl_g
     vl_count_faults<THREADS>(g.faults, faults);
 }
 
-/* ---- backward
- * ---------------------------------------------------------------------------------- */
+/* ---- backward -------------------------------------------------------------------------------- */
+
+/* h_c += m (p_c (u q_c + v p_c + e) - a q_c - d) for labels: q_c is 0 or 1, so that two pairs of
+ * factors are chosen from. by: u v e f and a d of each class. */
+template <int C>
+SS_DEVICE void pull_labels(const float4 *by, const int32_t *y, const float *m, const softmax4<C> &o,
+                           float (*h)[EACH]) {
+    for (int c = 0; c < C; ++c) {
+        const float4 f = by[2 * c], d = by[2 * c + 1];
+        const float e_hit = f.z + f.x, d_hit = d.y + d.x;
+        for (int k = 0; k < EACH; ++k) {
+            const bool hit = y[k] == c;
+            const float slope = fmaf(f.y, o.p[c][k], hit ? e_hit : f.z);
+            h[c][k] = fmaf(m[k], fmaf(o.p[c][k], slope, hit ? -d_hit : -d.y), h[c][k]);
+        }
+    }
+}
+
+/* The same for a distribution. */
+template <int C>
+SS_DEVICE void pull_target(const float4 *by, const float (*q)[EACH], const float *m,
+                           const softmax4<C> &o, float (*h)[EACH]) {
+    for (int c = 0; c < C; ++c) {
+        const float4 f = by[2 * c], d = by[2 * c + 1];
+        for (int k = 0; k < EACH; ++k) {
+            const float slope = fmaf(f.x, q[c][k], fmaf(f.y, o.p[c][k], f.z));
+            const float direct = fmaf(d.x, q[c][k], d.y);
+            h[c][k] = fmaf(m[k], fmaf(o.p[c][k], slope, -direct), h[c][k]);
+        }
+    }
+}
+
+/* h_c += m p_c f lost_c: entropy. */
+template <int C>
+SS_DEVICE void pull_entropy(const float4 *by, const float *m, const softmax4<C> &o,
+                            float (*h)[EACH]) {
+    for (int k = 0; k < EACH; ++k) {
+        const float ln = vl_log_quick(o.s[k]);
+        for (int c = 0; c < C; ++c) {
+            h[c][k] += o.p[c][k] * (m[k] * by[2 * c].w * (ln - x_of(o, c, k)));
+        }
+    }
+}
+
+/* What a group says about four voxels. */
+template <int C> struct said {
+    raw_labels labels;
+    float q[C][EACH], m[EACH];
+};
+
+/* Reads it from voxel v of sample b on. */
+template <int C>
+SS_DEVICE void listen(const vl_job &j, const vl_term &t, int64_t b, int64_t v, int n, said<C> *o) {
+    const vl_slot &s = j.slot[t.slot];
+    const int64_t slot = (b - t.first) * j.S;
+    int32_t faults = 0; /* which forward has counted */
+    if (s.label) {
+        const char *label = address(s.label, slot + v, s.label_bytes);
+        if (j.wide) {
+            read_labels<true>(label, s.label_bytes, EACH, &o->labels);
+        } else {
+            read_labels<false>(label, s.label_bytes, n, &o->labels);
+        }
+    } else if (t.target) {
+        numbers4<C>(t.target, t.dtype, slot * C + v, j.S, n, j.wide, o->q);
+    } else {
+        for (int c = 0; c < C; ++c) {
+            for (int k = 0; k < EACH; ++k) {
+                o->q[c][k] = 0.0f;
+            }
+        }
+    }
+    weights4(s, slot + v, n, j.wide, o->m, &faults);
+}
+
+/* Adds what group i pulls at four voxels. */
+template <int C>
+SS_DEVICE void pull(const vl_job &j, int32_t i, int64_t b, int n, said<C> *it, const softmax4<C> &o,
+                    float (*h)[EACH]) {
+    const vl_slot &s = j.slot[j.term[i].slot];
+    const float4 *by = static_cast<const float4 *>(j.factor) + ((i * j.B + b) * C) * 2;
+    if (!s.label) {
+        pull_target<C>(by, it->q, it->m, o, h);
+        if (j.term[i].entropy) {
+            pull_entropy<C>(by, it->m, o, h);
+        }
+        return;
+    }
+    int32_t y[EACH], faults = 0;
+    if (!classes4<C>(s, it->labels, n, y, &faults)) {
+        for (int k = 0; k < EACH; ++k) {
+            it->m[k] = y[k] >= 0 ? it->m[k] : 0.0f;
+        }
+    }
+    pull_labels<C>(by, y, it->m, o, h);
+}
 
 template <typename T, int C>
 SS_KERNEL void __launch_bounds__(THREADS, C == 2 ? 3 : 2)
     k_voxel_loss_few_backward(const vl_job j) {
     const int64_t b = blockIdx.x / (uint32_t)j.chunks;
-    const int64_t v =
-        (int64_t)(blockIdx.x % (uint32_t)j.chunks) * STEP + (int64_t)threadIdx.x * EACH;
-    if (v >= j.S) {
-        return;
-    }
-    const int n = j.S - v < EACH ? (int)(j.S - v) : EACH;
-    const int64_t logits = b * C * j.S + v, stride = j.S * (int64_t)sizeof(T);
-    four<sizeof(T)> z[C];
-    softmax4<C> o;
-    float h[C][EACH];
-    bool covered = false;
-    for (int c = 0; c < C; ++c) {
-        for (int k = 0; k < EACH; ++k) {
-            h[c][k] = 0.0f;
-        }
-    }
-    for (int32_t i = 0; i < j.terms; ++i) {
-        const vl_term &t = j.term[i];
-        if (!vl_covers(t, b)) {
-            continue;
-        }
-        if (!covered) {
-            read_logits<C, T>(address(j.logits, logits, sizeof(T)), stride, n, j.wide, z);
-        }
-        const vl_slot &s = j.slot[t.slot];
-        const int64_t slot = (b - t.first) * j.S;
-        int32_t y[EACH], faults = 0;
-        float m[EACH], q[C][EACH];
-        raw_labels labels;
-        if (s.label) {
-            const char *label = address(s.label, slot + v, s.label_bytes);
-            if (j.wide) {
-                read_labels<true>(label, s.label_bytes, EACH, &labels);
-            } else {
-                read_labels<false>(label, s.label_bytes, n, &labels);
-            }
-        }
-        if (t.target) {
-            numbers4<C>(t.target, t.dtype, slot * C + v, j.S, n, j.wide, q);
-        }
-        weights4(s, slot + v, n, j.wide, m, &faults);
-        if (!covered) {
-            normalise<C, T>(z, &o);
-            covered = true;
-        }
-        if (s.label) {
-            classes4<C>(s, labels, n, y, &faults);
-            for (int k = 0; k < EACH; ++k) {
-                m[k] = y[k] >= 0 ? m[k] : 0.0f;
-                for (int c = 0; c < C; ++c) {
-                    q[c][k] = y[k] == c ? 1.0f : 0.0f;
-                }
-            }
-        } else if (!t.target) {
-            for (int k = 0; k < EACH; ++k) {
-                for (int c = 0; c < C; ++c) {
-                    q[c][k] = 0.0f;
-                }
-            }
-        }
-        const float4 *by = static_cast<const float4 *>(j.factor) + ((i * j.B + b) * C) * 2;
+    const int64_t from = (int64_t)(blockIdx.x % (uint32_t)j.chunks) * PULL;
+    const int64_t logits = b * C * j.S, stride = j.S * (int64_t)sizeof(T);
+    const int64_t end = from + PULL < j.S ? from + PULL : j.S;
+    for (int64_t v = from + threadIdx.x * EACH; v < end; v += STEP) {
+        const int n = end - v < EACH ? (int)(end - v) : EACH;
+        four<sizeof(T)> z[C];
+        softmax4<C> o;
+        float h[C][EACH];
         for (int c = 0; c < C; ++c) {
-            const float4 f = by[2 * c], d = by[2 * c + 1]; /* u v e f, a d */
             for (int k = 0; k < EACH; ++k) {
-                const float p = o.p[c][k];
-                float slope = fmaf(f.x, q[c][k], fmaf(f.y, p, f.z));
-                if (t.entropy) {
-                    const float ln = vl_log_quick(o.s[k]);
-                    slope = fmaf(f.w, ln - x_of(o, c, k), slope);
-                }
-                h[c][k] += m[k] * (p * slope - fmaf(d.x, q[c][k], d.y));
+                h[c][k] = 0.0f;
             }
         }
-    }
-    for (int k = 0; k < EACH && covered; ++k) {
-        float s = 0.0f;
-        for (int c = 0; c < C; ++c) {
-            s -= h[c][k];
+        bool covered = false;
+        for (int32_t i = 0; i < j.terms; ++i) {
+            if (!vl_covers(j.term[i], b)) {
+                continue;
+            }
+            said<C> it;
+            if (!covered) { /* all loads before what needs them */
+                read_logits<C, T>(address(j.logits, logits + v, sizeof(T)), stride, n, j.wide, z);
+            }
+            listen<C>(j, j.term[i], b, v, n, &it);
+            if (!covered) {
+                normalise<C, T>(z, &o);
+                covered = true;
+            }
+            pull<C>(j, i, b, n, &it, o, h);
         }
-        for (int c = 0; c < C; ++c) {
-            h[c][k] = fmaf(o.p[c][k], s, h[c][k]);
+        for (int k = 0; k < EACH && covered; ++k) {
+            float s = 0.0f;
+            for (int c = 0; c < C; ++c) {
+                s -= h[c][k];
+            }
+            for (int c = 0; c < C; ++c) {
+                h[c][k] = fmaf(o.p[c][k], s, h[c][k]);
+            }
         }
-    }
-    for (int c = 0; c < C; ++c) {
-        store4(static_cast<char *>(j.dlogits) + logits * (int64_t)sizeof(T) + c * stride, n, j.wide,
-               rounded(T(), h[c]));
+        char *to = static_cast<char *>(j.dlogits) + (logits + v) * (int64_t)sizeof(T);
+        for (int c = 0; c < C; ++c) {
+            store4(to + c * stride, n, j.wide, rounded(T(), h[c]));
+        }
     }
 }
 
-/* ---- launches
- * ---------------------------------------------------------------------------------- */
+/* ---- launches -------------------------------------------------------------------------------- */
 
 template <typename T, int C> static ss_status run_forward(ss_exec *x, const vl_group *g) {
     const unsigned blocks = ss_blocks((g->last - g->first) * g->chunks, 1);
@@ -710,7 +756,7 @@ template <typename T, int C> static ss_status run_forward(ss_exec *x, const vl_g
 
 template <typename T, int C> static ss_status run_backward(ss_exec *x, const vl_job *j) {
     vl_job k = *j;
-    k.chunks = (j->S + STEP - 1) / STEP;
+    k.chunks = (j->S + PULL - 1) / PULL;
     return SS_LAUNCH(x, ss_blocks(k.B * k.chunks, 1), THREADS, 0, (k_voxel_loss_few_backward<T, C>),
                      k);
 }

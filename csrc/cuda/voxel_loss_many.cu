@@ -73,6 +73,7 @@ SS_KERNEL void __launch_bounds__(THREADS, 4) k_voxel_loss_many_labels(const vl_g
     SS_SHARED float room[CAP][WARPS][4];
     SS_SHARED double total[CAP][4];
     const vl_place at = vl_place_of(g);
+    vl_prepare(g.done);
     const int32_t classes = (int32_t)g.C, end = (int32_t)(at.end - at.from);
     const int tid = threadIdx.x;
     const int64_t slot = (at.b - g.first) * g.S + at.from;
@@ -118,8 +119,7 @@ SS_KERNEL void __launch_bounds__(THREADS, 4) k_voxel_loss_many_labels(const vl_g
     vl_count_faults<THREADS>(g.faults, faults);
 }
 
-/* ---- backward ----------------------------------------------------------------------------------
- */
+/* ---- backward -------------------------------------------------------------------------------- */
 
 /* What one group pulls at the logits of a voxel. */
 template <typename T, int CAP>
@@ -187,8 +187,7 @@ SS_KERNEL void __launch_bounds__(THREADS, 4) k_voxel_loss_many_backward(const vl
     }
 }
 
-/* ---- launches ----------------------------------------------------------------------------------
- */
+/* ---- launches -------------------------------------------------------------------------------- */
 
 template <typename T> static ss_status run_forward(ss_exec *x, const vl_group *g) {
     const unsigned blocks = ss_blocks((g->last - g->first) * g->chunks, 1);
