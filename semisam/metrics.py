@@ -90,6 +90,15 @@ class _Pair(NamedTuple):
         """Return `value` as the caller's kind of array, where the reference is."""
         return sys.modules["torch"].from_numpy(value).to(self.ref.device) if ops.is_torch(self.ref) else value
 
+    def all_like(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return arrays of one shape as `like` does, by one copy: they are double, or whole numbers."""
+        if not ops.is_torch(self.ref):
+            return values
+        torch: Any = sys.modules["torch"]
+        table = self.like(np.stack([np.asarray(value, np.float64) for value in values.values()]))
+        kinds = [torch.from_numpy(value[:0]).dtype for value in values.values()]
+        return {name: table[i].to(kind) for i, (name, kind) in enumerate(zip(values, kinds, strict=True))}
+
 
 def _pair(
     function: str,
@@ -233,16 +242,20 @@ def _numpy(a: Any) -> Any:
     return found
 
 
-def _counts(p: _Pair) -> NDArray[np.int64]:
-    """|A|, |G| and |A & G| per case and reported class."""
+def _counted(p: _Pair) -> Any:
+    """|A|, |G| and |A & G| per case and reported class, where the arrays are: nothing waits for them."""
     n = 1 if p.labels else p.classes
     flat = (p.cases * n, *p.ref.shape[2:])
     ignore = (int(p.ignore is not None), p.ignore or 0)
-    counts = _numpy(
-        ops.call("overlap", p.pred.reshape(flat), p.ref.reshape(flat), p.classes if p.labels else 2, *ignore)
+    counts = ops.call(
+        "overlap", p.pred.reshape(flat), p.ref.reshape(flat), p.classes if p.labels else 2, *ignore
     )
     table = counts if p.labels else counts[:, 1].reshape(p.cases, p.classes, 3)
-    return np.asarray(table[:, p.first :])
+    return table[:, p.first :]
+
+
+def _counts(p: _Pair) -> NDArray[np.int64]:
+    return np.asarray(_numpy(_counted(p)))
 
 
 def _without_ignored(p: _Pair, value: Float) -> Float:
@@ -376,40 +389,49 @@ def _surfaces(
     if empty == "diagonal":
         fill[:] = np.sqrt(((s[:, 3 - p.dims :] * p.size) ** 2).sum(-1, keepdims=True))
     if definition == "deepmind" and len(s) > 1:
-        parts = [
-            _stats(p, slice(b, b + 1), s[b : b + 1], definition, percentile, tolerance) for b in range(len(s))
-        ]
-        return _Surfaces(p, np.concatenate(parts), definition, fill)
-    return _Surfaces(p, _stats(p, slice(None), s, definition, percentile, tolerance), definition, fill)
+        stats = _join(
+            "concatenate",
+            [
+                _stats(p, slice(b, b + 1), s[b : b + 1], definition, percentile, tolerance)
+                for b in range(len(s))
+            ],
+            0,
+        )
+    else:
+        stats = _stats(p, slice(None), s, definition, percentile, tolerance)
+    return _Surfaces(p, np.asarray(_numpy(stats)), definition, fill)
+
+
+def _join(how: str, parts: Sequence[Any], axis: int) -> Any:
+    library = sys.modules["torch"] if ops.is_torch(parts[0]) else np
+    return getattr(library, how)(parts, axis)
 
 
 def _stats(
     p: _Pair, cases: slice, spacing: Float, definition: str, percentile: float, tolerance: Float | None
-) -> Float:
+) -> Any:
+    """The operator's table of reported classes, where the arrays are: nothing waits for it."""
     areas = None
     if definition == "deepmind":
-        areas = p.like(np.zeros(256))
         table = surface_element_areas(tuple(spacing[0, 3 - p.dims :]))
-        areas[: len(table)] = p.like(table)
+        areas = p.like(np.pad(table, (0, 256 - len(table))))
     ignore = (int(p.ignore is not None), p.ignore or 0)
 
     def run(channel: int, classes: int, first: int, near: Sequence[float]) -> Any:
         a, g = p.pred[cases, channel], p.ref[cases, channel]
         numbers = [float(v) for v in spacing.ravel()]
-        return _numpy(
-            ops.call(
-                "surface_metrics", a, g, areas, classes, first, p.dims, *ignore, percentile, numbers, near
-            )
+        return ops.call(
+            "surface_metrics", a, g, areas, classes, first, p.dims, *ignore, percentile, numbers, near
         )
 
     if p.labels:
         near = [] if tolerance is None else [float(t) for t in tolerance]
-        return np.asarray(run(0, p.classes, p.first, near)[:, p.first :])
+        return run(0, p.classes, p.first, near)[:, p.first :]
     parts = []
     for c in range(p.first, p.classes):
         near = [] if tolerance is None else [0.0, float(tolerance[c])]
         parts.append(run(c, 2, 1, near)[:, 1])
-    return np.stack(parts, 1)
+    return _join("stack", parts, 1)
 
 
 def hausdorff_distance(
@@ -576,10 +598,33 @@ def compute_all(
     >>> {k: v.item() for k, v in metrics.compute_all(np.roll(y, 3, 1), y, 2).items() if k in ("dice", "hd95")}
     {'dice': 0.5, 'hd95': 3.0}
     """
+    p, values = _measured(
+        *(y_pred, y, num_classes, spacing, include_background, class_thresholds),
+        ignore_index=ignore_index,
+        definition=definition,
+        empty=empty,
+    )
+    return p.all_like(values)
+
+
+def _measured(
+    y_pred: Any,
+    y: Any,
+    num_classes: int | None = None,
+    spacing: Any = None,
+    include_background: bool = False,
+    class_thresholds: Sequence[float] | None = None,
+    *,
+    ignore_index: int | None = None,
+    definition: str = "pooled",
+    empty: str = "nan",
+) -> tuple[_Pair, dict[str, Any]]:
+    """What `compute_all` returns, as NumPy arrays; both operators run before either is waited for."""
     p = _pair("compute_all", y_pred, y, num_classes, include_background, ignore_index)
     near = None if class_thresholds is None else _thresholds(p, class_thresholds)
+    counted = _counted(p)
     s = _surfaces(p, spacing, definition, empty, 95.0, near)
-    counts = _counts(p)
+    counts = np.asarray(_numpy(counted))
     values: dict[str, Any] = {
         "dice": _dice(p, counts),
         "jaccard": _jaccard(p, counts),
@@ -593,7 +638,7 @@ def compute_all(
     values["voxels_pred"] = np.ascontiguousarray(counts[..., 0])
     values["voxels_ref"] = np.ascontiguousarray(counts[..., 1])
     values["failed"] = s.failed()
-    return {name: p.like(value) for name, value in values.items()}
+    return p, values
 
 
 def evaluate_case(
@@ -622,7 +667,7 @@ def evaluate_case(
                 f"evaluate_case(): {name}: expected a label map [D, H, W] or [H, W], "
                 f"got {getattr(a, 'shape', type(a))}"
             )
-    values = compute_all(
+    _, values = _measured(
         y_pred[None, None], y[None, None], num_classes, spacing, class_thresholds=class_thresholds, **options
     )
     shown = next(iter(values.values())).shape[1]

@@ -832,3 +832,15 @@ def test_many_classes():
     assert core(y_pred=y, y=y, num_classes=65535, first=65534, dims=2)[0, -1, :2].tolist() == [1, 1]
     with pytest.raises(ValueError, match="expected labels from 0 to 65533, got 65534"):
         metrics.dice(y, y, num_classes=65534)
+
+
+@pytest.mark.parametrize("definition", ["pooled", "deepmind"])
+def test_nothing_is_read_from_a_device_before_all_operators_are_called(monkeypatch, definition):
+    events = []
+    call, read = ops.call, metrics._numpy
+    monkeypatch.setattr(ops, "call", lambda op, *args: (events.append(op), call(op, *args))[1])
+    monkeypatch.setattr(metrics, "_numpy", lambda a: (events.append("read"), read(a))[1])
+    y = np.random.default_rng(3).random((2, 3, 9, 8)) < 0.4
+    metrics.compute_all(y, y[:, ::-1].copy(), spacing=[[1.0, 2.0], [2.0, 1.0]], definition=definition)
+    calls = 2 * (2 if definition == "deepmind" else 1)  # of classes, and of cases where areas differ
+    assert events == ["overlap", *["surface_metrics"] * calls, "read", "read"]
