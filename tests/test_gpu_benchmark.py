@@ -175,7 +175,7 @@ def test_gpu_runs_every_step_and_tells_which_failed(tmp_path):
     assert done.stdout.splitlines()[-1] == "gpu: failed: tests sanitize"
     log = {name: (out / f"{name}.log").read_text() for name in ("build", "tests", "sanitize", "bench")}
     assert log["build"] == "python setup.py -q build_ext --inplace with 90-real 1\n"
-    assert log["tests"].startswith("python -m pytest -q -p no:cacheprovider -m cuda tests/test_cuda.py with")
+    assert log["tests"].startswith("python -m pytest -q -p no:cacheprovider -n 4 -m cuda tests/test_cuda")
     assert log["sanitize"].startswith("sanitize-cuda: compute-sanitizer is not installed: it comes with")
     assert log["bench"].startswith(f"python -m benchmarks.gpu -o {out}/gpu.json --seconds 150 with")
 
