@@ -185,6 +185,9 @@ class Row:
         times = bench.medians(functions, buffers)
         times.update(self._host_times(bench, buffers[0], missing))
         result = {"ms": {n: 1e3 * t for n, t in times.items()}, "buffers": len(buffers), "missing": missing}
+        expected = self.ours(buffers[0])
+        apart = {n: _apart(f(buffers[0]), expected) for n, f in functions.items() if n != "ours"}
+        result["difference"] = {n: d for n, d in apart.items() if d is not None}
         ours = times["ours"]
         result["ratio"] = {n: t / ours for n, t in times.items() if n not in ("ours", "graph")}
         if self.host:
@@ -213,6 +216,25 @@ class Row:
             except ImportError as e:
                 missing[name] = f"needs {e.name or e}"
         return times
+
+
+def _apart(theirs: Any, ours: Any) -> float | None:
+    """Largest difference relative to the largest number; None where the results are not alike."""
+    a, b = _tensors_of(theirs), _tensors_of(ours)
+    if not a or [t.shape for t in a] != [t.shape for t in b]:
+        return None
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        x, y = x.detach().double(), y.detach().double()  # noqa: PLW2901
+        largest = float(y.abs().max()) if y.numel() else 0.0
+        worst = max(worst, float((x - y).abs().max()) / (largest or 1.0)) if y.numel() else worst
+    return worst
+
+
+def _tensors_of(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in _tensors_of(v)]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 def _verdicts(targets: dict[str, float], result: dict[str, Any], bench: Bench) -> dict[str, str]:
@@ -730,6 +752,69 @@ class Alternatives:
         return result
 
 
+@dataclass
+class Growth:
+    """A row of one operator on cubes of growing sides; `make(bench, side)` gives a call."""
+
+    name: str
+    make: Callable[[Bench, int], Callable[[], Any]]
+    needs: tuple[str, ...]
+    sides: tuple[int, ...] = (64, 128, 256, 512)
+    targets: dict[str, float] = field(default_factory=dict)
+
+    def measure(self, bench: Bench) -> dict[str, Any]:
+        """Milliseconds and nanoseconds per voxel for every side."""
+        _has_kernels(self.needs, bench)
+        times: dict[str, float] = {}
+        for side in bench.size(self.sides, (8, 16)):
+            call = self.make(bench, side)
+            times[f"{side}^3"] = bench.medians({"": lambda _, call=call: call()}, [None])[""]
+            bench.free()
+        per = {name: 1e9 * t / int(name[:-2]) ** 3 for name, t in times.items()}
+        ms = {name: 1e3 * t for name, t in times.items()}
+        return {"ms": ms, "ns per voxel": per, "ratio": {}, "missing": {}, "targets": {}}
+
+
+def _cube(bench: Bench, side: int) -> Any:
+    """A ball of 8 % of a cube, [1, n, n, n], made where it is."""
+    axis = torch.linspace(-1, 1, side, device=bench.device) ** 2
+    return (axis[:, None, None] + axis[:, None] + axis < 0.29).byte()[None]
+
+
+def _growing_clicks(bench: Bench, side: int) -> Callable[[], Any]:
+    target = _cube(bench, side).bool()[None]
+    current = target.roll(3, 3)
+    return lambda: prompts.next_click(target, current, seed=1, iteration=2, sample_ids=[3], round=0)
+
+
+def _growing_loss(bench: Bench, side: int) -> Callable[[], Any]:
+    y = _cube(bench, side)
+    z = torch.randn((1, 2, side, side, side), device=bench.device, requires_grad=True)
+    return lambda: torch.autograd.grad(losses.voxel_loss(z, _dice_ce(losses.Term, y)), z)
+
+
+def _growing_maps(bench: Bench, side: int) -> Callable[[], Any]:
+    maps = [torch.rand((1, 1, side, side, side), device=bench.device) for _ in range(4)]
+    return lambda: fusion.fuse(maps, want=("mean", "weight"))
+
+
+def _growing(function: Callable[[Any], Any]) -> Callable[[Bench, int], Callable[[], Any]]:
+    def make(bench: Bench, side: int) -> Callable[[], Any]:
+        cube = _cube(bench, side)
+        return lambda: function(cube)
+
+    return make
+
+
+GROWTH = [
+    Growth("growth of edt", _growing(masks.edt), ("edt",)),
+    Growth("growth of components", _growing(masks.components), ("components",)),
+    Growth("growth of the RITM click", _growing_clicks, ("next_click",)),
+    Growth("growth of dice+ce forward+backward", _growing_loss, _LOSS),
+    Growth("growth of the fusion of 4 maps", _growing_maps, ("fuse",)),
+]
+
+
 @contextmanager
 def _cudnn(*, enabled: bool = True, benchmark: bool = False) -> Iterator[None]:
     with torch.backends.cudnn.flags(enabled=enabled, benchmark=benchmark):
@@ -903,9 +988,9 @@ NETWORKS = [
 ]
 
 
-def rows() -> list[Row | Alternatives]:
+def rows() -> list[Row | Alternatives | Growth]:
     """Every row, what has a target first: a run that is stopped keeps those."""
-    made = [*_loss_rows(), *_geometry_rows(), *_metric_rows(), *_prompt_rows(), *NETWORKS]
+    made = [*_loss_rows(), *_geometry_rows(), *_metric_rows(), *_prompt_rows(), *NETWORKS, *GROWTH]
     return sorted(made, key=lambda row: not row.targets)
 
 
@@ -927,7 +1012,7 @@ def describe(bench: Bench) -> dict[str, Any]:
     return found | {"info": {k: v for k, v in semisam.info().items() if k not in ("operators", "platform")}}
 
 
-def measure(row: Row | Alternatives, bench: Bench) -> dict[str, Any]:
+def measure(row: Row | Alternatives | Growth, bench: Bench) -> dict[str, Any]:
     """The figures of a row, or why there are none."""
     start = time.perf_counter()
     try:
@@ -952,6 +1037,8 @@ def line_of(result: dict[str, Any]) -> str:
     if "copy" in result:
         columns.append(f"{result['bytes/s'] / 1e9:.0f} GB/s = {100 * result['copy']:.0f} % of a copy")
     columns += [f"{n} {r:.3g}x" for n, r in result["ratio"].items() if r != 1 and not math.isnan(r)]
+    columns += [f"{ns:.3g} ns per voxel at {n}" for n, ns in result.get("ns per voxel", {}).items()]
+    columns += [f"{n} apart by {d:.1e}" for n, d in result.get("difference", {}).items()]
     columns += [f"{verdict}: {what}" for what, verdict in result["targets"].items()]
     columns += [f"not measured: {name}: {why}" for name, why in result["missing"].items()]
     return f"{result['name']:<62}{', '.join(columns)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from importlib import metadata, util
 from typing import Any
@@ -59,13 +60,32 @@ class Report(dict[str, Any]):
 
 
 def _operators() -> dict[str, Any]:
-    """Where every operator runs, and why CUDA is not among it."""
+    """What the CUDA library was built for, where every operator runs, and why CUDA is not among it."""
     why = ops.load_cuda()
     backends = {name: found for name, found in _core.backends().items() if name in ("cpu", "cuda")}
+    usable = f"{len(backends.get('cuda', ()))} of {len(ops.SCHEMA)} operators"
     return {
-        "cuda backend": f"not usable: {why}" if why else f"{len(backends['cuda'])} operators",
+        "cuda library": _cuda_library(),
+        "cuda backend": f"not usable: {why}" if why else usable,
         "operators": {op: [name for name in backends if op in backends[name]] for op in ops.SCHEMA},
     }
+
+
+def _cuda_library() -> str:
+    """Return the architectures in the library's file; nobody needs a driver for that."""
+    try:
+        mark = re.search(rb"semisam: CUDA code for ([\w ]+)\0", ops.CUDA_LIBRARY.read_bytes())
+    except OSError:
+        return "none: this installation was built without CUDA"
+    return f"code for {mark[1].decode()}" if mark else "another build's: make build"
+
+
+def _attention() -> str:
+    """Return the ways of attention that torch may choose from on a GPU."""
+    torch: Any = sys.modules["torch"]
+    names = {"cudnn": "cuDNN", "flash": "flash", "mem_efficient": "memory-efficient", "math": "math"}
+    enabled = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled", None) for name in names}
+    return ", ".join(names[name] for name, f in enabled.items() if f is not None and f()) or "none"
 
 
 def _torch_report() -> dict[str, Any]:
@@ -87,6 +107,7 @@ def _torch_report() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": why,
         "cudnn": f"{cudnn}, benchmark {benchmark} (a trainer sets it)" if cudnn else "none",
+        "attention": _attention() if torch.version.cuda else "torch's own for the CPU",
     }
 
 

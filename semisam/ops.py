@@ -216,7 +216,15 @@ def _raw_cuda(op: str, in_order: Sequence[Any], device: Any) -> None:
         return torch.empty(size, dtype=torch.uint8, device=device)
 
     with torch.cuda.device(device):
-        getattr(_core, op)(*in_order, 0, None, workspace, _faults_on(device))
+        run = functools.partial(getattr(_core, op), *in_order, 0, None, workspace, _faults_on(device))
+        if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+            run()
+            return
+        # Before torch 2.10 the core cannot ask for the current stream and runs on the default one.
+        current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+        default.wait_stream(current)
+        run()
+        current.wait_stream(default)
 
 
 # ---- the library with the CUDA kernels -----------------------------------------------------------

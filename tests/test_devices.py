@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -73,3 +75,33 @@ def test_counted_faults_are_a_sentence(monkeypatch):
     with pytest.raises(ValueError, match=r"^voxel_loss_forward\(\): 3 left out: expected labels that are"):
         ops.refuse_faults()
     ops.refuse_faults()  # told once
+
+
+class Recorder:
+    """Stands for torch.cuda and the core: notes who waits for whom, and when the operator runs."""
+
+    def __init__(self, monkeypatch, exchange):
+        self.seen = []
+        stream = type(
+            "Stream", (), {"wait_stream": lambda one, other: self.seen.append((one.name, other.name))}
+        )
+        current, default = stream(), stream()
+        current.name, default.name = "current", "default"
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+        monkeypatch.setattr(ops, "load_cuda", lambda: "")
+        monkeypatch.setattr(ops, "_faults_on", lambda device: None)
+        monkeypatch.setattr(ops._core, "boxes", lambda *args: self.seen.append("run"))
+        if exchange:
+            monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None, raising=False)
+        else:
+            monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_on_an_older_torch_the_default_stream_waits_and_is_waited_for(exchange, monkeypatch):
+    recorder = Recorder(monkeypatch, exchange)
+    ops._raw_cuda("boxes", [], torch.device("cuda", 0))
+    around = [] if exchange else [("default", "current")], [] if exchange else [("current", "default")]
+    assert recorder.seen == [*around[0], "run", *around[1]]

@@ -50,7 +50,7 @@ def test_a_run_writes_its_rows(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "word", ["forward C=14", "entropy", "components", "rollout", "targets", "attention", "term"]
+    "word", ["forward C=14", "entropy", "components", "rollout", "targets", "attention", "term", "growth"]
 )
 def test_rows_run(word, bench):
     chosen = [row for row in gpu.rows() if word in row.name]
@@ -85,6 +85,14 @@ def test_no_row_begins_when_time_is_up(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "rows", lambda: [row("late")])
     assert gpu.main(["--rehearse", "--seconds", "0"]) == 0
     assert "not measured: out of time" in capsys.readouterr().out
+
+
+def test_results_are_compared_where_they_are_alike(bench):
+    others = {"half": lambda d: d + 1.5, "other shape": lambda d: d[:2], "no tensor": lambda d: 3}
+    result = gpu.measure(row(peers=others), bench)
+    assert result["difference"] == {"half": 0.5}
+    result = gpu.measure(row(ours=lambda d: [d + 2, d], graph=True), bench)
+    assert result["difference"] == {"graph": 0.0}
 
 
 def test_missing_kernels_and_peers_are_named(bench):
@@ -175,7 +183,7 @@ def test_gpu_runs_every_step_and_tells_which_failed(tmp_path):
     assert done.stdout.splitlines()[-1] == "gpu: failed: tests sanitize"
     log = {name: (out / f"{name}.log").read_text() for name in ("build", "tests", "sanitize", "bench")}
     assert log["build"] == "python setup.py -q build_ext --inplace with 90-real 1\n"
-    assert log["tests"].startswith("python -m pytest -q -p no:cacheprovider -m cuda tests/test_cuda.py with")
+    assert log["tests"].startswith("python -m pytest -q -p no:cacheprovider -n 4 -m cuda tests/test_cuda")
     assert log["sanitize"].startswith("sanitize-cuda: compute-sanitizer is not installed: it comes with")
     assert log["bench"].startswith(f"python -m benchmarks.gpu -o {out}/gpu.json --seconds 150 with")
 
