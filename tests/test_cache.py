@@ -371,6 +371,23 @@ def test_another_entry_under_this_name_is_not_believed(tmp_path):
         assert float(cache.encode(Stub(), image_of(2))[0][0]) == 2
 
 
+def test_a_file_that_another_process_removes_meanwhile_is_no_fault(tmp_path, monkeypatch):
+    EncoderCache(tmp_path).encode(Stub(), image_of(4))
+    (path,) = tmp_path.iterdir()
+    plain = torch.from_file
+
+    def removed_first(*args, **options):
+        path.unlink()
+        return plain(*args, **options)
+
+    monkeypatch.setattr(torch, "from_file", removed_first)
+    stub = Stub()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert float(EncoderCache(tmp_path).encode(stub, image_of(4))[0][0]) == 4
+    assert stub.encoded == 1
+
+
 def test_a_full_disk_is_told_of_once_and_leaves_nothing_behind(tmp_path):
     cache, stub = EncoderCache(tmp_path), Stub(numbers=1 << 16)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

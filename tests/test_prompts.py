@@ -176,6 +176,28 @@ def test_random_rule_in_2d(target, seed):
     assert tuple(candidates[len(candidates) * r >> 64]) == point
 
 
+@pytest.mark.parametrize("shape", [(9, 11, 63), (8, 9, 64), (12, 7, 65), (7, 8, 150), (21, 130), (15, 64)])
+def test_ritm_in_thin_and_deep_regions(shape, rng):
+    """Rims and specks are measured by bits, what is deeper than 3 voxels by distances: all exactly."""
+    depths = set()
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"))
+    for seed in range(80):
+        at = np.stack([rng.integers(n) for n in shape]).reshape(-1, *(1,) * len(shape))
+        solid = ((grid - at) ** 2).sum(0) <= rng.integers(0, 22)
+        target = solid ^ (rng.random(shape) < rng.choice([0.0, 0.001, 0.03, 0.4, 0.97]))
+        current = rng.random(shape) < rng.choice([0.0, 0.01, 0.3])
+        errors = target & ~current, ~target & current
+        if not (errors[0] | errors[1]).any():
+            continue
+        fn, fp = (np.rint(ndimage.distance_transform_edt(np.pad(e, 1)) ** 2).astype(int) for e in errors)
+        d2 = (fn if fn.max() > fp.max() else fp)[(slice(1, -1),) * len(shape)]
+        depths.add(min(d2.max(), 10))
+        candidates = np.argwhere(4 * d2 > d2.max())
+        chosen = candidates[len(candidates) * reference.philox64(seed, [0, 0, 10, 0]) >> 64]
+        assert click(target, current, seed=seed) == (tuple(chosen), int(fn.max() > fp.max()))
+    assert len(depths) >= 6
+
+
 def test_ritm_means_the_largest_inscribed_ball_not_the_largest_volume():
     target, current = np.zeros((2, 40, 40), bool)
     target[5:7, :] = True  # 80 voxels, 2 thick

@@ -11,10 +11,13 @@
  * masks [N, D, H, W] -> point [N, 3], label [N] (1, 0; -1 and zeros for no click). dims 2: D, of
  * size 1, is no axis. One sweep reads 1 byte per voxel and mask and finds the counts and the box of
  * both regions; only the boxes are transformed, and the second one only if its inscribed ball could
- * be the larger one. Numerics: integers. Deterministic: counts, maxima and C order need no order.
+ * be the larger one. Regions of depth 3 or less, such as rims and specks, are not transformed but
+ * measured by bits (thin.h). Numerics: integers. Deterministic: counts, maxima and C order need no
+ * order.
  */
 #include "edt.h"
 #include "extent.h"
+#include "thin.h"
 
 #define VOXELS 16384 /* per item when distances are compared */
 
@@ -142,6 +145,8 @@ typedef struct ball {
     int32_t *d2;
     int32_t m2;
     int64_t *count; /* per item: its largest d2, then its number of candidates */
+    thin thin;
+    int is_thin; /* then `thin` has what is needed, and there is no mask, d2 or count */
 } ball;
 
 static ball ball_of(const patch *p, const extent *e, int which) {
@@ -165,24 +170,96 @@ static int64_t ball_bound(const ball *r) {
     return radius * radius;
 }
 
-static void fill_mask(void *ctx, int64_t begin, int64_t end, int32_t thread) {
-    const ball *r = ctx;
+/* n voxels of line i of the box, from its column w on: 1 in the region, else 0. */
+static void region_line(const ball *r, int64_t i, int64_t w, int64_t n, uint8_t *restrict out) {
     const patch *p = r->p;
     const uint8_t want = r->which == 1;
+    int64_t d = r->lo[0] + i / r->shape[1], h = r->lo[1] + i % r->shape[1];
+    int64_t line = d * p->a->target.shape[2] + h;
+    const uint8_t *restrict t = p->target + line * p->width + r->lo[2] + w;
+    const uint8_t *restrict g = p->current + line * p->current_step + r->lo[2] + w;
+    const uint8_t *restrict ok = p->region + line * p->region_step + r->lo[2] + w;
+    SS_SIMD
+    for (int64_t k = 0; k < n; ++k) {
+        uint8_t in_t = t[k] != 0, in_g = g[k] != 0;
+        out[k] = (uint8_t)((in_t ^ in_g) & (in_t == want) & (ok[k] != 0));
+    }
+}
+
+static void fill_mask(void *ctx, int64_t begin, int64_t end, int32_t thread) {
+    const ball *r = ctx;
     (void)thread;
     for (int64_t i = begin; i < end; ++i) {
-        int64_t d = r->lo[0] + i / r->shape[1], h = r->lo[1] + i % r->shape[1];
-        int64_t line = d * p->a->target.shape[2] + h;
-        const uint8_t *restrict t = p->target + line * p->width + r->lo[2];
-        const uint8_t *restrict g = p->current + line * p->current_step + r->lo[2];
-        const uint8_t *restrict ok = p->region + line * p->region_step + r->lo[2];
-        uint8_t *restrict out = r->mask + i * r->shape[2];
-        SS_SIMD
-        for (int64_t w = 0; w < r->shape[2]; ++w) {
-            uint8_t in_t = t[w] != 0, in_g = g[w] != 0;
-            out[w] = (uint8_t)((in_t ^ in_g) & (in_t == want) & (ok[w] != 0));
+        region_line(r, i, 0, r->shape[2], r->mask + i * r->shape[2]);
+    }
+}
+
+static void fill_bits(void *ctx, int64_t begin, int64_t end, int32_t thread) {
+    const ball *r = ctx;
+    uint8_t bytes[64];
+    (void)thread;
+    for (int64_t i = begin; i < end; ++i) {
+        uint64_t *bits = thin_line(&r->thin, i, 0);
+        for (int64_t k = 0; k < r->thin.words; ++k) {
+            int64_t n = r->shape[2] - 64 * k < 64 ? r->shape[2] - 64 * k : 64;
+            region_line(r, i, 64 * k, n, bytes);
+            bits[k] = pack64(bytes, n);
+        }
+        thin_shrink(&r->thin, i);
+    }
+}
+
+/* Items of lines; one ends at its first deep line, as then nothing else matters. */
+static void item_depths(void *ctx, int64_t begin, int64_t end, int32_t thread) {
+    const ball *r = ctx;
+    const int64_t lines = r->shape[0] * r->shape[1];
+    (void)thread;
+    for (int64_t item = begin; item < end; ++item) {
+        int64_t last = (item + 1) * SS_LINES < lines ? (item + 1) * SS_LINES : lines;
+        for (int64_t i = item * SS_LINES; i < last; ++i) {
+            r->thin.depth[i] = thin_depth(&r->thin, i, r->thin.count + i * THIN_COUNTS);
+            if (r->thin.depth[i] == THIN_DEEP) {
+                break;
+            }
         }
     }
+}
+
+static void thin_free(ball *r) {
+    ss_scratch_free(r->thin.bits);
+    ss_scratch_free(r->thin.count);
+    ss_scratch_free(r->thin.depth);
+    r->thin.bits = NULL;
+    r->thin.count = NULL;
+    r->thin.depth = NULL;
+}
+
+/* Finds m2 by bits, if the region is thin. */
+static ss_status thin_measure(ball *r) {
+    ss_exec *x = r->p->x;
+    const int64_t lines = r->shape[0] * r->shape[1];
+    r->thin.words = ss_items(r->shape[2], 64);
+    memcpy(r->thin.shape, r->shape, sizeof r->shape);
+    thin_plan(&r->thin, r->p->a->dims);
+    r->thin.bits = ss_scratch(x, lines * r->thin.words, (THIN_RADIUS + 1) * sizeof(uint64_t));
+    r->thin.count = ss_scratch(x, lines, THIN_COUNTS * sizeof(int32_t));
+    r->thin.depth = ss_scratch(x, lines, 1);
+    if (!r->thin.bits || !r->thin.count || !r->thin.depth) {
+        return SS_NO_MEMORY;
+    }
+    ss_parallel_for(x, lines, 128, fill_bits, r);
+    ss_parallel_for(x, ss_items(lines, SS_LINES), 1, item_depths, r);
+    uint8_t most = 0;
+    for (int64_t i = 0; i < lines && most < THIN_DEEP; ++i) {
+        most = r->thin.depth[i] > most ? r->thin.depth[i] : most;
+    }
+    r->is_thin = most < THIN_DEEP;
+    if (r->is_thin) {
+        r->m2 = most;
+    } else {
+        thin_free(r);
+    }
+    return SS_OK;
 }
 
 static void item_maxima(void *ctx, int64_t begin, int64_t end, int32_t thread) {
@@ -218,6 +295,7 @@ static void ball_free(ball *r) {
     ss_scratch_free(r->mask);
     ss_scratch_free(r->d2);
     ss_scratch_free(r->count);
+    thin_free(r);
 }
 
 /* Transforms the region and finds m2. */
@@ -229,6 +307,10 @@ static ss_status ball_measure(ball *r) {
                            SS_EDT_SIDE, (long long)r->shape[axis]);
         }
     }
+    ss_status status = thin_measure(r);
+    if (status != SS_OK || r->is_thin) {
+        return status;
+    }
     r->mask = ss_scratch(x, r->voxels, 1);
     r->d2 = ss_scratch(x, r->voxels, sizeof(int32_t));
     r->count = ss_scratch(x, r->items, sizeof(int64_t));
@@ -236,7 +318,7 @@ static ss_status ball_measure(ball *r) {
         return SS_NO_MEMORY;
     }
     ss_parallel_for(x, r->shape[0] * r->shape[1], 128, fill_mask, r);
-    ss_status status = SS_CPU(edt_unit)(x, r->mask, r->shape, r->p->a->dims == 3 ? 1 : 2, r->d2);
+    status = SS_CPU(edt_unit)(x, r->mask, r->shape, r->p->a->dims == 3 ? 1 : 2, r->d2);
     if (status != SS_OK) {
         return status;
     }
@@ -247,7 +329,27 @@ static ss_status ball_measure(ball *r) {
     return SS_OK;
 }
 
+static void thin_click(const ball *r, int32_t label) {
+    const int32_t quarter = r->m2 / 4; /* 0, 1 or 2 */
+    const int64_t lines = r->shape[0] * r->shape[1];
+    const int32_t *count = r->thin.count + quarter;
+    int64_t n = 0;
+    for (int64_t i = 0; i < lines; ++i) {
+        n += count[i * THIN_COUNTS];
+    }
+    int64_t left = pick(r->p, n), i = 0;
+    for (; left >= count[i * THIN_COUNTS]; ++i) {
+        left -= count[i * THIN_COUNTS];
+    }
+    put_click(r->p, r->lo[0] + i / r->shape[1], r->lo[1] + i % r->shape[1],
+              r->lo[2] + thin_column(&r->thin, i, quarter, left), label);
+}
+
 static void ball_click(ball *r, int32_t label) {
+    if (r->is_thin) {
+        thin_click(r, label);
+        return;
+    }
     const int32_t quarter = r->m2 / 4;
     ss_parallel_for(r->p->x, r->items, 2, item_candidates, r);
     int64_t n = 0;

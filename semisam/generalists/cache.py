@@ -312,8 +312,11 @@ def _read(path: Path, key: str) -> tuple[Tensor, ...]:
             raise _Damaged("expected the header of an entry, got another one") from None
     if expected != key:
         raise _Damaged("expected the entry that its name says, got another one")
-    # Not Python's mmap, which keeps a file descriptor for every map.
-    every = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+    try:  # not by Python's mmap, which keeps a file descriptor for every map
+        every = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+    except RuntimeError:
+        path.stat()  # FileNotFoundError: another process has just removed it
+        raise _Damaged("expected a file that can be mapped, got one that cannot") from None
     if zlib.crc32(_bytes(every)) != checksum:
         raise _Damaged("expected the numbers that were written, got other ones or too few")
     try:

@@ -21,7 +21,7 @@ from semisam import ops, prompts, weights
 from semisam.fetch import Weights
 from semisam.generalists import sam_names
 from semisam.generalists.cache import WeightsHash
-from semisam.generalists.precision import autocast, check_precision
+from semisam.generalists.precision import autocast, bring, check_precision
 from semisam.generalists.protocol import Decoded, GeneralistSpec
 from semisam.prompts import PromptBatch
 
@@ -178,7 +178,7 @@ class Sam:
             )
         if not len(images):
             raise ValueError(f"{who}: images: expected at least one, got none")
-        self.model.to(images.device)
+        bring(self.model, images.device)
         context, kind = autocast(self.precision, images.device)
         shape = (int(images.shape[2]), int(images.shape[3]))
         parts = []
@@ -207,7 +207,7 @@ class Sam:
         rows = torch.ones(len(low), dtype=torch.bool, device=device)
         if active is not None:
             rows = active.reshape(-1).to(rows)
-        self.model.to(device)
+        bring(self.model, device)
         for index, sent in self._groups(prompts, rows, device):
             maps = [m[index // classes].float() for m in state.features]
             low[index] = self._answer(maps, sent)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The precision in which a frozen network runs, by device."""
+"""The precision in which a frozen network runs, by device, and how it gets there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["autocast", "check_precision"]
+__all__ = ["autocast", "bring", "check_precision"]
 
 _KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,3 +41,18 @@ def autocast(precision: str, device: torch.device) -> tuple[Any, torch.dtype]:
         precision = half if on_gpu else "float32"
     kind = _KINDS[precision]
     return torch.autocast(device.type, kind, enabled=kind is not torch.float32), kind
+
+
+def bring(network: torch.nn.Module, device: torch.device) -> None:
+    """Move a network to a device, as a whole; looking at one parameter tells whether it is there.
+
+    >>> import torch
+    >>> from semisam.generalists.precision import bring
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> bring(layer, torch.device("meta"))
+    >>> layer.weight.device.type
+    'meta'
+    """
+    first = next(network.parameters(), None)
+    if first is None or first.device != device:
+        network.to(device)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from semisam import ops, prompts, weights
 from semisam.fetch import Weights
 from semisam.generalists.cache import WeightsHash
+from semisam.generalists.precision import autocast, bring, check_precision
 from semisam.generalists.protocol import Decoded, GeneralistSpec
 from semisam.generalists.sam_med3d_network import SamMed3DNetwork
 from semisam.prompts import PromptBatch
@@ -40,7 +41,6 @@ _SEEN = {  # utils/data_paths.py of the repository
     "BraTS": "as BraTS2021 and BrainTumour",
     "PROMISE12": "as PROMISE12",
 }
-_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,7 @@ class SamMed3D:
                 f"{who}(): checkpoint: expected the file with the weights of {self.spec.name} (or a network "
                 f"of yours instead), got {what}"
             )
-        if precision != "auto" and precision not in _PRECISIONS:
-            raise ValueError(
-                f"{who}(): precision: expected auto, {', '.join(_PRECISIONS)}, got {precision!r}"
-            )
+        check_precision(precision, f"{who}()")
         if resample_mm is not None and not 0 < resample_mm < float("inf"):
             raise ValueError(f"{who}(): resample_mm: expected a positive number or None, got {resample_mm}")
         self.files: tuple[Path, ...] = () if checkpoint is None else (Path(checkpoint),)
@@ -295,14 +292,8 @@ class SamMed3D:
 
     def _at(self, device: torch.device) -> Any:
         """Move the network there; the context of its precision."""
-        self.network.to(device)
-        wanted = self.precision
-        if wanted == "auto":
-            on_gpu = device.type == "cuda"
-            half = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float16"
-            wanted = half if on_gpu else "float32"
-        kind = _PRECISIONS[wanted]
-        return torch.autocast(device.type, kind, enabled=kind is not torch.float32)
+        bring(self.network, device)
+        return autocast(self.precision, device)[0]
 
     def _check(self, state: CubeState, batch: PromptBatch, active: Any) -> None:
         who = f"{type(self).__name__}.decode(): "

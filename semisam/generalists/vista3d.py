@@ -18,7 +18,7 @@ from semisam import ops, weights
 from semisam.fetch import Weights
 from semisam.generalists import licences
 from semisam.generalists.cache import WeightsHash
-from semisam.generalists.precision import autocast, check_precision
+from semisam.generalists.precision import autocast, bring, check_precision
 from semisam.generalists.protocol import Decoded, GeneralistSpec
 from semisam.prompts import PromptBatch
 
@@ -163,7 +163,7 @@ class Vista3D:
         grey = _resize(images.float().mean(1, keepdim=True), resampled)
         padding = [(-n) % f for n, f in zip(resampled, self.factor, strict=True)]
         grey = F.pad(self._scaled(grey), [n for extra in reversed(padding) for n in (0, extra)])
-        self.network.to(images.device)
+        bring(self.network, images.device)
         context, _ = autocast(self.precision, images.device)
         with context:
             features = [
