@@ -35,21 +35,25 @@ class Request:
     images: Any
     prob: Any  # [B, C, *S] float32
     targets: prompts.SpecialistTargets
-    step: int
-    ids: list[int]
+    step: Any
+    ids: Any
     spacing: Any
+    quiet: bool = False  # look at no value of a tensor: step and ids may be tensors, all rounds are asked for
 
 
 @dataclass
 class Answers:
-    """What one source said: logits [B, F, *S] of each round; `done` rounds count for each sample."""
+    """What one source said: logits [B, F, *S] of each round; `done` rounds count for each sample.
+
+    Of a quiet request `done` is a tensor [B], numbers of rows are tensors, and no round is left out.
+    """
 
     rounds: list[Any]
-    done: list[int]
+    done: Any
     clicks: prompts.PromptBatch
-    failed: dict[str, int] = field(default_factory=dict)  # what was wrong: rows
+    failed: dict[str, Any] = field(default_factory=dict)  # what was wrong: rows
     seconds: float = 0.0
-    info: dict[str, float] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
     score: float = 1.0
 
 
@@ -90,18 +94,23 @@ class Slot:
             return self.cache.encode(self.generalist, request.images, spacing=request.spacing)
         return self.generalist.encode(request.images, spacing=request.spacing)
 
+    def waits(self, dims: int) -> bool:
+        """Tell whether asking about images of so many axes needs values of tensors in between."""
+        promised = getattr(self.generalist.spec, "asynchronous", False)
+        return not promised or self._slice_axis(dims) is not None or self.cache is not None
+
     def ask(self, request: Request, settings: Mapping[str, Any], *, whole: bool = True) -> Answers:
         """All rounds; a row that has converged or failed keeps its last answer and is not asked again.
 
         The same number everywhere is no answer to learn from. With `whole=False` it is one: in a slice, and
         where answers are judged, so that one class without a voxel does not cost the others their score.
         """
-        target, _, skip = request.targets
+        (target, _, skip), quiet = request.targets, request.quiet
         self.check(tuple(target.shape[2:]), target.shape[1])
         axis = self._slice_axis(target.ndim - 2)
         if axis is not None:
             return _slice_by_slice(self, request, settings, axis, whole)
-        if bool(skip.all()):
+        if not quiet and bool(skip.all()):
             nothing = prompts.PromptBatch.empty(len(target), target.shape[1], target.shape[2:], target)
             return Answers([], [0] * len(skip), nothing)
         began = time.perf_counter()
@@ -110,47 +119,53 @@ class Slot:
         dialogue = _Dialogue(self, request, settings, state)
         answer = low = None
         answered, active = torch.zeros_like(skip), ~skip
-        made = Answers([], [0] * len(skip), dialogue.clicks)
+        made = Answers([], None, dialogue.clicks)
         done = torch.zeros(len(skip), dtype=torch.int64, device=skip.device)
         for k in range(settings["clicks"] if "points" in MODES[self.mode] else 1):
             active = dialogue.prepare(k, answer, active, low)
-            if not bool(active.any()):
+            if not quiet and not bool(active.any()):
                 break
             began = time.perf_counter()
             decoded = self.generalist.decode(state, dialogue.sent(request.images.device), active)
-            logits = decoded.logits.to(target.device, torch.float32)  # waits for a GPU
+            logits = decoded.logits.to(target.device, torch.float32)  # waits for a GPU, unless it is at home
             seconds += time.perf_counter() - began
-            good = active & usable(logits, target, active, made.failed, whole)
-            if not bool(good.any()):
+            good = active & usable(logits, target, active, made.failed, whole, quiet=quiet)
+            if logits.shape != target.shape or (not quiet and not bool(good.any())):
                 break
             active, answered, done = good, answered | good, done + good.any(1)
-            answer = _renewed(good, logits, answer, -_SURE)
-            low = _renewed(good, decoded.low_res.to(target.device), low, 0.0)
+            every = not quiet and bool(good.all())
+            answer = logits if every else _renewed(good, logits, answer, -_SURE)
+            given = decoded.low_res.to(target.device)
+            low = given if every else _renewed(good, given, low, 0.0)
             made.rounds.append(answer)
             for name, value in (decoded.info or {}).items():
                 made.info[name] = made.info.get(name, 0) + value
         done = done * (answered | skip).all(1)
         if self.mode == "point":
             made.rounds, done = made.rounds[-1:], done.clamp_max(1)
-        # Rounds beyond those of every sample that counts have no weight in the fusion, and no place.
-        made.done = done.tolist()
-        made.rounds = made.rounds[: max(made.done)]
-        made.clicks, made.seconds = dialogue.clicks, seconds
+        made.done, made.clicks, made.seconds = done, dialogue.clicks, seconds
+        if not quiet:  # rounds beyond those of every sample that counts have no weight, and no place
+            made.done = done.tolist()
+            made.rounds = made.rounds[: max(made.done)]
         return made
 
 
-def usable(logits: Any, target: Any, active: Any, failed: dict[str, int], whole: bool = True) -> Any:
+def usable(
+    logits: Any, target: Any, active: Any, failed: dict[str, Any], whole: bool = True, *, quiet: bool = False
+) -> Any:
     """Rows [B, F] that say something; those asked for that do not are counted, by what is wrong."""
     if tuple(logits.shape) != tuple(target.shape):
         what = f"have shape {tuple(logits.shape)}, expected {tuple(target.shape)}"
-        failed[what] = failed.get(what, 0) + int(active.sum())
+        failed[what] = failed.get(what, 0) + (active.sum() if quiet else int(active.sum()))
         return torch.zeros_like(active)
     rows = logits.flatten(2)
     low, high = rows.amin(2), rows.amax(2)  # both are NaN where a voxel is
     finite = low.isfinite() & high.isfinite()
     varied = ~finite | (low != high) if whole else torch.ones_like(finite)
     for what, right in (("are not finite", finite), (_SAME, varied)):
-        if count := int((active & ~right).sum()):
+        wrong = (active & ~right).sum()
+        count = wrong if quiet else int(wrong)
+        if quiet or count:
             failed[what] = failed.get(what, 0) + count
     return finite & varied
 
@@ -299,9 +314,9 @@ def largest(request: Request) -> Answers:
     inside = torch.stack([kept == c for c in range(1, prob.shape[1])], 1)
     logits = torch.where(inside, _SURE, -_SURE)
     asked = ~skip
-    usable = (inside.flatten(2).any(2) | skip).all(1) & asked.any(1)
+    usable = ((inside.flatten(2).any(2) | skip).all(1) & asked.any(1)).long()
     clicks = prompts.PromptBatch.empty(len(target), target.shape[1], target.shape[2:], target)
-    return Answers([logits], usable.long().tolist(), clicks)
+    return Answers([logits], usable if request.quiet else usable.tolist(), clicks)
 
 
 def joined(logits: Any) -> Any:
@@ -315,8 +330,6 @@ def joined(logits: Any) -> Any:
 
 def _renewed(rows: Any, new: Any, old: Any, otherwise: float) -> Any:
     """`new` [B, F, *any] in the rows [B, F], `old` (None: `otherwise`) in the others."""
-    if bool(rows.all()):
-        return new
     return torch.where(_over(rows, new), new, torch.full_like(new, otherwise) if old is None else old)
 
 

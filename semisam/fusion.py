@@ -89,7 +89,8 @@ def fuse(
     `weights` (r_lab: who defines the label) and `uncertainty_weights` (r_unc: who defines the doubt;
     default: the same) are S numbers, or a table [S, B], that sum to 1 over the sources; default 1/S.
     A source of weight 0 is not read. A sample whose weights are all 0 has no source: uniform mean,
-    uncertainty 1, weight 0, label `ignore_index`.
+    uncertainty 1, weight 0, label `ignore_index`. Weights that are tensors on a GPU stay there, unseen and
+    unchecked; torch then computes the same, within rounding.
 
         mean pbar = sum_s r_lab p^s     label = argmax pbar (ties: smallest class)     confidence = max pbar
         mu = sum_s r_unc p^s            H(p) = -sum_c p_c ln max(p_c, 1e-7)
@@ -125,6 +126,23 @@ def fuse(
         raise ValueError(
             "fuse(): tau_u: expected a threshold in 0..1 for weight='gate' (0.5 is usual), got None"
         )
+    table = _table(weights, uncertainty_weights, maps)
+    if table is not None:
+        from semisam import _fusing  # noqa: PLC0415  (in torch, which this caller has)
+
+        made = _fusing.fused(
+            maps,
+            *table,
+            unc=unc,
+            weight=weight,
+            kappa=kappa,
+            tau_c=0.0 if tau_c is None else tau_c,
+            tau_u=1.0 if tau_u is None else tau_u,
+            ignore_index=ignore_index,
+            logits=logits,
+            two_channels=two_channels,
+        )
+        return Fused(*(one if name in want else None for name, one in zip(_WANT, made, strict=True)))
     outputs = _run(
         maps,
         _weights("weights", weights, maps),
@@ -491,6 +509,23 @@ def _weights(argument: str, weights: Any, maps: list[Any]) -> list[float]:
             f"{batch} samples, got {rows}"
         )
     return [float(v) for row in rows for v in row] if all(wide) else [float(v) for v in rows]
+
+
+def _table(weights: Any, uncertainty_weights: Any, maps: list[Any]) -> Any:
+    """Both weights [S, B] where they are; None for numbers of the host, which may be looked at."""
+    if not (ops.is_torch(weights) and ops.stays(weights.device)):
+        return None
+    s, batch = len(maps), maps[0].shape[0]
+    both = []
+    for name, given in (("weights", weights), ("uncertainty_weights", uncertainty_weights)):
+        rows = weights if given is None else given
+        if not ops.is_torch(rows) or tuple(rows.shape) not in ((s,), (s, batch)):
+            raise ValueError(
+                f"fuse(): {name}: expected a tensor of shape {(s,)}, one number per source, or {(s, batch)}, "
+                f"got {tuple(rows.shape) if ops.is_torch(rows) else type(rows).__name__}"
+            )
+        both.append(rows.double().reshape(s, -1).expand(s, batch))
+    return both
 
 
 def _run(

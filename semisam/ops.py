@@ -31,9 +31,12 @@ __all__ = [
     "call",
     "faults",
     "get_num_threads",
+    "lacks",
+    "numbers",
     "one_device",
     "refuse_faults",
     "set_num_threads",
+    "stays",
 ]
 
 
@@ -132,6 +135,53 @@ def one_device(function: str, **arrays: Any) -> None:
                 f"{function}(): {name}: expected a tensor on {home}, where {first} is, "
                 f"got one on {array.device}"
             )
+
+
+def stays(device: Any) -> bool:
+    """Tell whether values on `device` are not to be looked at: the host would wait for all work before.
+
+    So it is on CUDA. Code for such a device computes with masks instead of choosing by a value, makes small
+    arrays there (`numbers`) instead of copying them, and can then be captured in a CUDA graph.
+
+    >>> import torch
+    >>> from semisam import ops
+    >>> ops.stays(torch.device("cpu")), ops.stays(torch.device("cuda", 0))
+    (False, True)
+    """
+    return bool(device.type == "cuda")
+
+
+def numbers(values: Any, dtype: Any, device: Any) -> Any:
+    """Return a torch tensor of a few numbers on `device`, without a copy from the host that could wait.
+
+    Each number is filled in by a kernel that has it as an argument, so a CUDA graph may be captured.
+
+    >>> import torch
+    >>> from semisam import ops
+    >>> ops.numbers([[1, 2], [3, 4]], torch.float64, torch.device("cpu"))
+    tensor([[1., 2.],
+            [3., 4.]], dtype=torch.float64)
+    """
+    torch: Any = sys.modules["torch"]
+    given = np.asarray(values)
+    if not given.size:
+        return torch.empty(given.shape, dtype=dtype, device=device)
+    filled = [torch.full((), v, dtype=dtype, device=device) for v in given.ravel().tolist()]
+    return torch.stack(filled).reshape(given.shape)
+
+
+def lacks(device: Any, wanted: Sequence[str]) -> list[str]:
+    """Return those of the operators `wanted` that cannot run on tensors of `device`.
+
+    >>> import torch
+    >>> from semisam import ops
+    >>> ops.lacks(torch.device("cpu"), ["fuse"]), ops.lacks(torch.device("meta"), ["fuse"])
+    ([], ['fuse'])
+    """
+    if device.type == "cpu":
+        return []
+    there = () if device.type != "cuda" or load_cuda() else _core.backends().get("cuda", ())
+    return [op for op in wanted if op not in there]
 
 
 def call(op: str, *args: Any) -> Any:

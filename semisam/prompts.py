@@ -90,8 +90,8 @@ def specialist_targets(
 
 def click_counter(
     *,
-    iteration: int,
-    sample_ids: Sequence[int],
+    iteration: Any,
+    sample_ids: Any,
     round: int,
     clicks: int = 10,
     classes: Sequence[int],
@@ -102,7 +102,9 @@ def click_counter(
         counter = (iteration, sample id, c * clicks + round, stream 0)   for every sample and class c
 
     All four are words of 32 bits; ValueError if one does not fit. Together with the seed they are all
-    that a click's randomness depends on, wherever in a batch the sample lies.
+    that a click's randomness depends on, wherever in a batch the sample lies. `iteration` may be a torch
+    tensor of one number and `sample_ids` one of B, so that a captured graph draws anew at every replay; of
+    these the lowest 32 bits count.
 
     >>> from semisam import prompts
     >>> prompts.click_counter(iteration=3, sample_ids=[7], round=1, clicks=10, classes=[1, 2]).tolist()
@@ -110,10 +112,8 @@ def click_counter(
     """
     if not 0 <= round < clicks:
         raise ValueError(f"click_counter(): round: expected 0 to clicks - 1 = {clicks - 1}, got {round}")
-    rows = [
-        (iteration, s, c * clicks + round, _CLICKS) for s in map(int, sample_ids) for c in map(int, classes)
-    ]
-    return _words(rows, like, "click_counter")
+    third = [c * clicks + round for c in map(int, classes)]
+    return _words(iteration, sample_ids, third, _CLICKS, like, "click_counter")
 
 
 def next_click(
@@ -122,8 +122,8 @@ def next_click(
     region: Any = None,
     *,
     seed: int,
-    iteration: int,
-    sample_ids: Sequence[int],
+    iteration: Any,
+    sample_ids: Any,
     round: int,
     clicks: int = 10,
     rule: str | None = None,
@@ -188,7 +188,7 @@ def next_click(
 
 
 def sample_points(
-    prob: Any, n: int = 5, *, seed: int, iteration: int, sample_ids: Sequence[int], confidence: float = 0.8
+    prob: Any, n: int = 5, *, seed: int, iteration: Any, sample_ids: Any, confidence: float = 0.8
 ) -> PromptBatch:
     """Draw n points inside and n outside the region {argmax prob = c} of every class, background too.
 
@@ -214,7 +214,7 @@ def sample_points(
         raise ValueError(
             f"sample_points(): sample_ids: expected one per sample ({batch}), got {len(sample_ids)}"
         )
-    counter = _words([(iteration, s, 0, _POINTS) for s in map(int, sample_ids)], prob, "sample_points")
+    counter = _words(iteration, sample_ids, [0], _POINTS, prob, "sample_points")
     volume = prob[:, :, None] if len(shape) == 4 else prob
     point, label = ops.call(
         "sample_points", volume, counter, _seed(seed, "sample_points"), int(n), float(confidence)
@@ -335,8 +335,8 @@ class PromptBatch:
         ops.one_device("PromptBatch", points=self.points, labels=self.labels, boxes=self.boxes, mask_logits=m)
         # Values are looked at where that costs nothing; on a GPU it would make the host wait.
         on_torch = ops.is_torch(self.labels)
-        if not on_torch or self.labels.device.type == "cpu":
-            values = self.labels.numpy() if on_torch else np.asarray(self.labels)
+        if not on_torch or not ops.stays(self.labels.device):
+            values = self.labels.cpu().numpy() if on_torch else np.asarray(self.labels)
             if values.size and (values.min() < -1 or values.max() > 1):
                 raise ValueError("PromptBatch(): labels: expected 1, 0 or -1 (no point), got other values")
 
@@ -641,20 +641,46 @@ def _seed(seed: int, who: str) -> int:
     return int(seed) - 2**64 if seed >= 2**63 else int(seed)
 
 
-def _words(rows: Sequence[Sequence[int]], like: Any, who: str) -> Any:
-    names = ("iteration", "sample_ids", "classes", "stream")
-    for row in rows:
-        for name, word in zip(names, row, strict=True):
+def _words(iteration: Any, sample_ids: Any, third: Sequence[int], stream: int, like: Any, who: str) -> Any:
+    """Counters (iteration, sample, third, stream) [samples * len(third), 4] of all samples and thirds."""
+    host = [v for v in (iteration, sample_ids) if not ops.is_torch(v)]
+    if len(host) == 2 and not (ops.is_torch(like) and ops.stays(like.device)):
+        rows = [(iteration, s, t, stream) for s in map(int, sample_ids) for t in third]
+        _check_words(iteration, [row[1] for row in rows], third, who)
+        return _array(np.array(rows, np.int64).reshape(len(rows), 4), like)
+    torch = importlib.import_module("torch")
+    _check_words(
+        0 if ops.is_torch(iteration) else int(iteration),
+        [] if ops.is_torch(sample_ids) else [int(s) for s in sample_ids],
+        third,
+        who,
+    )
+    n, device = len(sample_ids), like.device
+    ids = sample_ids if ops.is_torch(sample_ids) else ops.numbers(list(sample_ids), torch.int64, device)
+    step = iteration if ops.is_torch(iteration) else ops.numbers(iteration, torch.int64, device)
+    made = torch.full((n, len(third), 4), stream, dtype=torch.int64, device=device)
+    made[:, :, 0] = step.to(device, torch.int64).reshape(()) & 0xFFFFFFFF
+    made[:, :, 1] = ids.to(device, torch.int64).reshape(n, 1) & 0xFFFFFFFF
+    for i, word in enumerate(third):
+        made[:, i, 2].fill_(word)
+    return made.reshape(-1, 4)
+
+
+def _check_words(iteration: int, ids: Sequence[int], third: Sequence[int], who: str) -> None:
+    for name, words in (("iteration", [iteration]), ("sample_ids", ids), ("classes", third)):
+        for word in words:
             if not 0 <= word < 2**32:
                 raise ValueError(f"{who}(): {name}: expected numbers of 32 bits (0 to 2^32 - 1), got {word}")
-    return _array(np.array(rows, np.int64).reshape(len(rows), 4), like)
 
 
 def _array(values: Any, like: Any) -> Any:
     """`values` as the kind of array that `like` is, on its device."""
     if not ops.is_torch(like):
         return values
-    tensor = importlib.import_module("torch").from_numpy(np.ascontiguousarray(values))
+    torch = importlib.import_module("torch")
+    if ops.stays(like.device) and values.size <= 64:
+        return ops.numbers(values, getattr(torch, values.dtype.name), like.device)
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
     if like.device.type == "cuda":
         tensor = tensor.pin_memory()  # from other memory the host would wait for the copy
     return tensor.to(like.device, non_blocking=True)

@@ -188,6 +188,9 @@ class PublishedTerm(SemiSAMTerm):
 
     # ---- prompts
 
+    def _is_quiet(self, home: Any, dims: int) -> bool:
+        return False
+
     def _request(self, images: Any, prob: Any, step: int, ids: list[int], spacing: Any) -> Request:
         d = self.defects
         if d.background_prompts:  # as the probability of every foreground class

@@ -80,6 +80,45 @@ def random_walker(
     >>> random_walker(image, seeds).round(2).tolist()
     [[1.0, 1.0, 1.0, 0.0, 0.0]]
     """
+    prob, iterations, residual = solved(
+        *(image, seeds, prior),
+        gamma=gamma,
+        beta=beta,
+        spacing=spacing,
+        tol=tol,
+        max_iter=max_iter,
+        spatial_dims=spatial_dims,
+    )
+    _warn_unless_converged(iterations, residual, tol)
+    if not return_info:
+        return prob
+    lead = tuple(seeds.shape[: len(seeds.shape) - len(_space("random_walker", image, spatial_dims))])
+    info = WalkInfo(iterations.reshape(lead), residual.reshape(lead), (residual <= tol).reshape(lead))
+    return prob, info
+
+
+def solved(
+    image: Any,
+    seeds: Any,
+    prior: Any,
+    *,
+    gamma: float,
+    beta: float,
+    spacing: Sequence[float] | None,
+    tol: float,
+    max_iter: int,
+    spatial_dims: int | None,
+) -> tuple[Any, Any, Any]:
+    """Return what `random_walker` solves, and iterations and residual of each problem, judged by nobody.
+
+    >>> import numpy as np
+    >>> from semisam.random_walk import solved
+    >>> numbers = {"gamma": 0.0, "beta": 90.0, "spacing": None, "tol": 1e-4, "max_iter": 100}
+    >>> prob, iterations, residual = solved(
+    ...     np.float32([[0, 5]]), np.uint8([[1, 2]]), None, **numbers, spatial_dims=None)
+    >>> prob.tolist()
+    [[1.0, 0.0]]
+    """
     space = _space("random_walker", image, spatial_dims)
     n = len(space)
     lead = _lead("random_walker", "seeds", seeds, image, space)
@@ -104,10 +143,7 @@ def random_walker(
         float(tol),
         max_iter,
     )
-    info = WalkInfo(iterations.reshape(lead), residual.reshape(lead), (residual <= tol).reshape(lead))
-    _warn_unless_converged(iterations, residual, tol)
-    prob = prob.reshape(seeds.shape)
-    return (prob, info) if return_info else prob
+    return prob.reshape(seeds.shape), iterations, residual
 
 
 def _space(function: str, image: Any, spatial_dims: int | None) -> tuple[int, ...]:

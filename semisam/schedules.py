@@ -2,7 +2,9 @@
 """Numbers that change with the training step: loss weights, learning rates, thresholds, decays.
 
 Every function takes the step `t`, counted from 0, and returns a float; none keeps state, so a resumed
-run continues exactly. Standard library only.
+run continues exactly. Standard library only. The loss weights (`sam_weight`, `consistency_weight`,
+`warmup`) and `uamt_threshold` also take a step that is a torch tensor: the result is a float64 tensor where
+the step is, from arithmetic that looks at no value.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 __all__ = [
     "consistency_weight",
@@ -30,7 +33,7 @@ SAM_RAMPS = ("falling", "rising", "flat")
 """The published course of the generalist's weight, its mirror image, and none."""
 
 
-def sigmoid_rampup(t: float, length: float) -> float:
+def sigmoid_rampup(t: Any, length: float) -> Any:
     """Return the ramp rho from exp(-5) at t = 0 up to 1 at t = length, and 1 from there on.
 
         rho(t, R) = exp(-5 (1 - clip(t, 0, R) / R)^2),   1 if R = 0
@@ -46,6 +49,9 @@ def sigmoid_rampup(t: float, length: float) -> float:
             f"sigmoid_rampup(): length: expected a finite number of at least 0 (steps, in the unit of t), "
             f"got {length}"
         )
+    if _is_tensor(t):
+        left = 1.0 - t.double().clamp(0.0, length) / length if length else 0.0 * t.double()
+        return (-5.0 * left**2).exp()
     if math.isnan(t):
         raise ValueError(f"sigmoid_rampup(): t: expected a step, got {t}")
     if length == 0:
@@ -54,13 +60,13 @@ def sigmoid_rampup(t: float, length: float) -> float:
 
 
 def consistency_weight(
-    t: float,
+    t: Any,
     total_steps: float,
     *,
     weight: float = 0.1,
     length: float | None = None,
     block: int | None = None,
-) -> float:
+) -> Any:
     """Return w_con(t), the rising weight of the consistency term of mean-teacher methods.
 
         w_con(t) = weight * rho(floor(t / block), R),   R = length, or total_steps / block
@@ -81,14 +87,14 @@ def consistency_weight(
 
 
 def sam_weight(
-    t: float,
+    t: Any,
     total_steps: float,
     *,
     weight: float = 0.1,
     length: float | None = None,
     block: int | None = None,
     ramp: str = "falling",
-) -> float:
+) -> Any:
     """Return w_sam(t), the weight of the generalist's term: by default `consistency_weight` in reverse.
 
         falling   w_sam(t) = weight * rho(floor((total_steps - t) / block), R)
@@ -116,7 +122,7 @@ def sam_weight(
     return weight * sigmoid_rampup((total_steps - t if ramp == "falling" else t) // block, r)
 
 
-def warmup(t: float, total_steps: float, fraction: float = 0.05) -> float:
+def warmup(t: Any, total_steps: float, fraction: float = 0.05) -> Any:
     """Return the factor min(1, t / (fraction * total_steps)) that starts a term at zero.
 
     `sam_weight` is largest exactly when the specialist's prompts are worst; this factor is the remedy.
@@ -130,6 +136,8 @@ def warmup(t: float, total_steps: float, fraction: float = 0.05) -> float:
     _check_step("warmup", t, total_steps)
     if not 0 <= fraction <= 1:
         raise ValueError(f"warmup(): fraction: expected 0 to 1 (share of total_steps), got {fraction}")
+    if _is_tensor(t) and fraction > 0:
+        return (t.double() / (fraction * total_steps)).clamp_max(1.0)
     return min(1.0, t / (fraction * total_steps)) if fraction > 0 else 1.0
 
 
@@ -186,7 +194,7 @@ def step_lr(t: float, milestones: Sequence[float] = (2500, 5000), factor: float 
     return float(factor ** bisect_right(milestones, t))
 
 
-def uamt_threshold(t: float, total_steps: float, classes: int = 2) -> float:
+def uamt_threshold(t: Any, total_steps: float, classes: int = 2) -> Any:
     """Return UA-MT's entropy threshold (nats) below which a voxel of the teacher counts as certain.
 
         tau(t) = (3/4 + rho(t, total_steps) / 4) ln classes
@@ -207,8 +215,12 @@ def uamt_threshold(t: float, total_steps: float, classes: int = 2) -> float:
     return (0.75 + 0.25 * sigmoid_rampup(t, total_steps)) * math.log(classes)
 
 
-def _check_step(function: str, t: float, total_steps: float = 1) -> None:
-    if not 0 <= t < math.inf:
+def _is_tensor(t: Any) -> bool:
+    return not isinstance(t, (int, float)) and hasattr(t, "clamp")
+
+
+def _check_step(function: str, t: Any, total_steps: float = 1) -> None:
+    if not _is_tensor(t) and not 0 <= t < math.inf:
         raise ValueError(f"{function}(): t: expected a step of at least 0, got {t}")
     if not 0 < total_steps < math.inf:
         raise ValueError(f"{function}(): total_steps: expected a finite number above 0, got {total_steps}")

@@ -12,19 +12,21 @@ way in; labels enter `calibrate` and `score` alone, which judge and never teach.
 from __future__ import annotations
 
 import difflib
+import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from semisam import fusion, generalists, metrics, ops, prompts, schedules
+from semisam import _fusing, fusion, generalists, metrics, ops, prompts, schedules
 from semisam._dialogue import MODES, Answers, Request, Slot, joined, largest
 from semisam.gate import LARGEST, MASK, Gate, doubt_of, largest_components, sets_of
 from semisam.losses import uncertainty_weighted_loss
 
-__all__ = ["MODES", "PRESETS", "LastCall", "SemiSAMTerm"]
+__all__ = ["MODES", "PRESETS", "Diagnostics", "LastCall", "SemiSAMTerm"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ref": {
@@ -89,6 +91,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 _PIECE = 1 << 16  # voxels that are looked at together
 
+# Operators without which a device's tensors go to the CPU.
+_OPERATORS = (
+    *("specialist_targets", "mask_logits", "next_click", "boxes", "keep_components"),
+    *("fuse", "voxel_loss_forward", "voxel_loss_backward"),
+)
+
 
 class _Judged(NamedTuple):
     """What the candidates made of one labeled volume."""
@@ -134,6 +142,49 @@ class LastCall(NamedTuple):
         }
 
 
+class Diagnostics(Mapping[str, Any]):
+    """Numbers of a call that nobody has waited for: plain Python values as they are read, which waits.
+
+    After a replay of a captured CUDA graph they are those of the replay.
+
+    >>> import torch
+    >>> from semisam.term import Diagnostics
+    >>> found = Diagnostics({"loss": torch.tensor(0.5), "rounds": {"g": torch.tensor([1, 2])}})
+    >>> dict(found)
+    {'loss': 0.5, 'rounds': {'g': [1, 2]}}
+    """
+
+    def __init__(self, values: dict[str, Any], check: Callable[[], None] = lambda: None) -> None:
+        """Keep tensors and functions for later; `check` is called before any is read."""
+        self._values, self._check = values, check
+
+    def __getitem__(self, name: str) -> Any:
+        """Return one value, None for a mean over nothing."""
+        self._check()
+        return _plain(self._values[name])
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Note one more value."""
+        self._values[name] = value
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._values)
+
+
+def _plain(value: Any) -> Any:
+    if callable(value):
+        return value()
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    value = value.tolist() if ops.is_torch(value) else value
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 class SemiSAMTerm:
     """L_sam: what promptable generalists say about unlabeled images, as a loss for the specialist.
 
@@ -173,6 +224,14 @@ class SemiSAMTerm:
     Every number is per sample and class: nothing passes from one sample to another, except that the loss
     is the mean over samples. Nothing is drawn from torch's random numbers. On devices without kernels of
     this library, all but the generalist is computed on the CPU; only the scalar and its gradient travel.
+
+    On a GPU a call never makes the host wait if all generalists promise to be asynchronous
+    (`GeneralistSpec`), are not asked slice by slice and have no cache: `diagnostics["asynchronous"]` says
+    so. All rounds are asked for then, `diagnostics` is a mapping that waits when it is read, and with it
+    come the warnings; times are the host's own. `last` is there even if nothing came of it, with weights of
+    0. A teacher that is no distribution makes the result NaN, and ValueError is raised where `diagnostics`
+    are read. Such a call can be captured in a CUDA graph, after one that was not; `step` and `sample_ids`
+    may be tensors there (int64; 0-d and [B]) whose values change between replays.
 
     Raises ValueError for unknown names (with the nearest known one), numbers out of range and a mode whose
     prompts a generalist does not take. Papers: SemiSAM (arXiv 2312.06316), SemiSAM+ (arXiv 2502.20749).
@@ -247,7 +306,8 @@ class SemiSAMTerm:
         self.gate = Gate([slot.name for slot in self._slots])
         self.drops = dict.fromkeys(self.gate.names, 0)
         self._told: dict[tuple[str, str], int] = {}
-        self.diagnostics: dict[str, Any] = _blank(self.gate, self.drops)
+        self._dropped: dict[str, Any] = {}  # of `drops`, what was counted on a device
+        self.diagnostics: Any = _blank(self.gate, self.drops)
         self.last: LastCall | None = None
 
     @property
@@ -266,8 +326,10 @@ class SemiSAMTerm:
         for slot in self._slots:
             slot.check((1,) * spatial_dims, classes)
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: Any) -> Any:
         """Return what L_sam is multiplied with at `step`: lam_sam w_sam(step) warm-up(step).
+
+        Of a step that is a tensor, a float64 tensor where it is.
 
         >>> from semisam.term import SemiSAMTerm
         >>> round(SemiSAMTerm(total_steps=6000, lam_sam=1.0).factor(3000), 6)
@@ -276,7 +338,8 @@ class SemiSAMTerm:
         s = self.settings
         course = {"weight": s["w0"], "length": s["ramp_length"], "ramp": s["ramp"]}
         weight = schedules.sam_weight(step, s["total_steps"], **course)
-        return float(s["lam_sam"] * weight * schedules.warmup(step, s["total_steps"], s["warmup"]))
+        found = s["lam_sam"] * weight * schedules.warmup(step, s["total_steps"], s["warmup"])
+        return found if ops.is_torch(step) else float(found)
 
     def __call__(
         self,
@@ -284,8 +347,8 @@ class SemiSAMTerm:
         logits_u: Any,
         teacher_probs: Any = None,
         *,
-        step: int,
-        sample_ids: Sequence[int] | None = None,
+        step: Any,
+        sample_ids: Any = None,
         spacing: Sequence[float] | None = None,
     ) -> Any:
         """Return the term of one step, a scalar with gradient to `logits_u` alone.
@@ -306,37 +369,67 @@ class SemiSAMTerm:
                 f"SemiSAMTerm(): teacher_probs: expected the shape of logits_u {tuple(logits_u.shape)}, "
                 f"got {tuple(teacher_probs.shape)}"
             )
-        if not 0 <= step < 2**32:
-            raise ValueError(f"SemiSAMTerm(): step: expected 0 or more, got {step}")
-        ids = list(range(len(logits_u))) if sample_ids is None else [int(i) for i in sample_ids]
-        if len(ids) != len(logits_u):
-            raise ValueError(
-                f"SemiSAMTerm(): sample_ids: expected one per sample ({len(logits_u)}), got {len(ids)}"
-            )
+        home = _home(logits_u.device)
+        quiet = self._is_quiet(home, logits_u.ndim - 2)
+        step = _step("SemiSAMTerm", step, quiet)
+        ids = _ids("SemiSAMTerm", sample_ids, len(logits_u), home if quiet else None)
         self.last = None
         self.diagnostics = _blank(self.gate, self.drops)
         self.diagnostics["weight"] = factor = self.factor(step)
         if self.settings["lam_sam"] == 0:
             return torch.zeros((), device=logits_u.device)
-        if factor == 0 or step % self.settings["sam_every"] or not ids:
+        if not self._due(step, factor) or not len(logits_u):
             return _nothing(logits_u)
-        home = _home(logits_u.device)
+        if quiet:
+            return self._quietly(images_u, logits_u, teacher_probs, step, ids, spacing)
         with torch.no_grad():
             prob = (logits_u.float().softmax(1) if teacher_probs is None else teacher_probs.float()).to(home)
             if teacher_probs is not None:
                 _check_probabilities("SemiSAMTerm", "teacher_probs", prob)
-            elif not bool(prob.isfinite().all()):
-                return logits_u.sum().float() * float("nan")
-            self.last = self._teach(images_u, prob, step, ids, spacing, teacher=teacher_probs is not None)
+            right = teacher_probs is not None or bool(prob.isfinite().all())
+            if right:
+                self.last = self._teach(images_u, prob, step, ids, spacing, teacher=teacher_probs is not None)
+        if not right:
+            return logits_u.sum().float() * float("nan")
         if self.last is None:
             return _nothing(logits_u)
-        return self._weighted(logits_u, factor)
+        return self._weighted(logits_u, step)
 
-    def _weighted(self, logits: Any, factor: float) -> Any:
-        """`factor` L_sam, where the logits are."""
-        value = self._loss(logits.to(_home(logits.device)))
-        self.diagnostics["loss"] = float(value.detach())
-        return (value * factor).to(logits.device)
+    def _weighted(self, logits: Any, step: Any) -> Any:
+        """factor(step) L_sam, where the logits are; exactly 0 in a step without a term."""
+        home = _home(logits.device)
+        value = self._loss(logits.to(home))
+        if ops.stays(home):
+            self.diagnostics["loss"] = value.detach()
+        else:
+            self.diagnostics["loss"] = float(value.detach())
+        factor = self.factor(step)
+        if not ops.is_torch(step):
+            return (value * factor).to(logits.device)
+        on = (step % self.settings["sam_every"] == 0) & (factor != 0)
+        return torch.where(on, value * factor.to(value.dtype), 0.0)
+
+    def _due(self, step: Any, factor: Any) -> bool:
+        """Tell whether the host knows that this step has a term; one whose number it does not know may."""
+        return ops.is_torch(step) or (factor != 0 and step % self.settings["sam_every"] == 0)
+
+    # ---- without a look at a value
+
+    def _is_quiet(self, home: Any, dims: int) -> bool:
+        """Tell whether a call on tensors that are computed with at `home` looks at no value."""
+        asked = [slot for slot in self._slots if self.gate.choice[slot.name] == slot.name]
+        return ops.stays(home) and not any(slot.waits(dims) for slot in asked)
+
+    def _quietly(self, images: Any, logits: Any, teacher: Any, step: Any, ids: Any, spacing: Any) -> Any:
+        """A call whose every decision is a mask: the same value, and exactly 0 where the host would stop."""
+        with torch.no_grad():
+            prob = logits.float().softmax(1) if teacher is None else teacher.float()
+            right = prob.isfinite().all() if teacher is None else _is_distribution(prob)
+            self.last = self._teach(images, prob, step, ids, spacing, teacher=teacher is not None, quiet=True)
+        checked = None if teacher is None else (prob, right)
+        self.diagnostics = Diagnostics(self.diagnostics, lambda: _refuse_unless(checked))
+        value = self._weighted(logits, step) if self.last is not None else _nothing(logits)
+        return value * torch.where(right, 1.0, float("nan"))
 
     # ---- teaching in two moves: label whole scans now and then, learn from the labels in every step
 
@@ -369,19 +462,16 @@ class SemiSAMTerm:
         (True, True)
         """
         _check_batch("SemiSAMTerm.teach", ("images_u", "teacher_probs"), images_u, teacher_probs)
-        ids = list(range(len(images_u))) if sample_ids is None else [int(i) for i in sample_ids]
-        if len(ids) != len(images_u):
-            raise ValueError(
-                f"SemiSAMTerm.teach(): sample_ids: expected one per sample ({len(images_u)}), got {len(ids)}"
-            )
+        ids = _ids("SemiSAMTerm.teach", sample_ids, len(images_u), None)
         self.diagnostics = _blank(self.gate, self.drops)
+        step = _step("SemiSAMTerm.teach", step, False)
         prob = teacher_probs.float().to(_home(teacher_probs.device))
         _check_probabilities("SemiSAMTerm.teach", "teacher_probs", prob)
         with torch.no_grad():
             return self._teach(images_u, prob, step, ids, spacing, teacher=True)
 
     def from_labels(
-        self, images_u: Any, logits_u: Any, target: Any, weight: Any, *, step: int, uncertainty: Any = None
+        self, images_u: Any, logits_u: Any, target: Any, weight: Any, *, step: Any, uncertainty: Any = None
     ) -> Any:
         """Return the term of one step for pseudo-labels that `teach` made before; see there.
 
@@ -391,35 +481,43 @@ class SemiSAMTerm:
         """
         _check_batch("SemiSAMTerm.from_labels", ("images_u", "logits_u"), images_u, logits_u)
         self.last = None
-        self.diagnostics = d = _blank(self.gate, self.drops)
+        home = _home(logits_u.device)
+        quiet = ops.stays(home)
+        step = _step("SemiSAMTerm.from_labels", step, quiet)
+        d = _blank(self.gate, self.drops)
+        self.diagnostics = Diagnostics(d) if quiet else d
         d["weight"] = factor = self.factor(step)
+        d["asynchronous"] = quiet
         if self.settings["lam_sam"] == 0:
             return torch.zeros((), device=logits_u.device)
-        if factor == 0 or step % self.settings["sam_every"] or not len(logits_u):
+        if not self._due(step, factor) or not len(logits_u):
             return _nothing(logits_u)
-        home = _home(logits_u.device)
         target, weight = target.to(home), weight.to(home)
         share = weight.flatten(1).mean(1, dtype=torch.float64)
-        d["weight_share"] = share.tolist()
-        d["skipped"] = int((share < self.settings["min_weight"]).sum())
-        if d["skipped"] == len(share):
-            return _nothing(logits_u)
+        kept = share >= self.settings["min_weight"]
         doubt = 1 - weight if uncertainty is None else uncertainty.to(home)
-        d["mean_u"] = float(doubt[share >= self.settings["min_weight"]].mean(dtype=torch.float64))
+        d["weight_share"] = share if quiet else share.tolist()
+        d["skipped"] = (~kept).sum() if quiet else int((~kept).sum())
+        if quiet:
+            d["mean_u"] = _fusing.masked_mean(doubt.flatten(1).mean(1, dtype=torch.float64), kept)
+        elif d["skipped"] == len(share):
+            return _nothing(logits_u)
+        else:
+            d["mean_u"] = float(doubt[kept].mean(dtype=torch.float64))
         label = target.argmax(1).byte() if target.ndim == logits_u.ndim else target
         with torch.no_grad():
             prob = logits_u.float().softmax(1).to(home)
         self.last = LastCall(images_u, prob, None, {}, {}, target, label, weight, doubt)
-        return self._weighted(logits_u, factor)
+        return self._weighted(logits_u, step)
 
     # ---- teaching
 
     def _teach(
-        self, images: Any, prob: Any, step: int, ids: list[int], spacing: Any, *, teacher: bool
+        self, images: Any, prob: Any, step: Any, ids: Any, spacing: Any, *, teacher: bool, quiet: bool = False
     ) -> LastCall | None:
         """Prompts, answers and fusion; None where nothing came of it."""
         began = time.perf_counter()
-        request = self._request(images, prob, step, ids, spacing)
+        request = replace(self._request(images, prob, step, ids, spacing), quiet=quiet)
         before = (0, 0) if self.cache is None else (self.cache.hits, self.cache.misses)
         answers = self._answers(request)
         made = self._fuse(request, answers, teacher=teacher)
@@ -428,19 +526,22 @@ class SemiSAMTerm:
         d["called"] = True
         if self.cache is not None:
             d["cache_hits"], d["cache_misses"] = self.cache.hits - before[0], self.cache.misses - before[1]
-        d["skipped_rows"] = int(request.targets.skip.sum())
-        d["failed_rows"] = sum(n for a in answers.values() for n in a.failed.values())
-        for name, a in answers.items():
-            self._note(name, a, step)
-        d["drops"] = dict(self.drops)
-        d["clicks"] = sum(int((a.clicks.labels >= 0).sum()) for a in answers.values())
-        d["rounds"] = {name: list(a.done) for name, a in answers.items()}
+        if quiet:
+            self._note_quietly(request, answers)
+        else:
+            d["skipped_rows"] = int(request.targets.skip.sum())
+            d["failed_rows"] = sum(n for a in answers.values() for n in a.failed.values())
+            for name, a in answers.items():
+                self._note(name, a, step)
+            d["drops"] = dict(self.drops)
+            d["clicks"] = sum(int((a.clicks.labels >= 0).sum()) for a in answers.values())
+            d["rounds"] = {name: list(a.done) for name, a in answers.items()}
         d["solver"] = {name: dict(a.info) for name, a in answers.items() if a.info}
         d["ms_generalist"] = 1e3 * seconds
         d["ms_rest"] = 1e3 * (time.perf_counter() - began - seconds)
         return made
 
-    def _request(self, images: Any, prob: Any, step: int, ids: list[int], spacing: Any) -> Request:
+    def _request(self, images: Any, prob: Any, step: Any, ids: Any, spacing: Any) -> Request:
         s = self.settings
         targets = prompts.specialist_targets(
             prob,
@@ -464,20 +565,52 @@ class SemiSAMTerm:
             found[choice] = made
         return found
 
-    def _note(self, name: str, answers: Answers, step: int) -> None:
+    def _note(self, name: str, answers: Answers, step: int, *, count: bool = True) -> None:
         """Count and tell what was wrong with a source."""
         d, budget = self.diagnostics, self.settings["budget"]
-        if answers.failed and not any(answers.done):
-            d["dropped"][name] = max(answers.failed, key=lambda what: answers.failed[what])
+        why = _why_dropped(answers)
+        if count and why:
+            d["dropped"][name] = why
             self.drops[name] = self.drops.get(name, 0) + 1
         for what, rows in answers.failed.items():
             self._tell(
                 (name, what.partition(",")[0]),
                 f"{rows} answers {what} at step {step}; a sample without an earlier answer is left out",
             )
-        if budget is not None and answers.seconds > budget:
+        if count and budget is not None and answers.seconds > budget:
             d["slow"][name] = answers.seconds
             self._tell((name, "slow"), f"took {answers.seconds:.3g} s at step {step}, budget {budget:g} s")
+
+    def _note_quietly(self, request: Request, answers: dict[str, Answers]) -> None:
+        """What is to be counted and told, as tensors and as functions of them: for whoever reads it."""
+        d, step = self.diagnostics, request.step
+        d["asynchronous"] = True
+        d["skipped_rows"] = request.targets.skip.sum()
+        d["clicks"] = sum((a.clicks.labels >= 0).sum() for a in answers.values())
+        d["rounds"] = {name: a.done for name, a in answers.items()}
+        for name, a in answers.items():
+            if a.failed:
+                nothing = sum(a.failed.values()) > 0
+                counter = self._dropped.get(name)
+                if counter is None:
+                    counter = self._dropped[name] = torch.zeros_like(a.done[0])
+                counter += nothing & (a.done == 0).all()
+
+        def failed_rows() -> int:
+            for name, a in answers.items():
+                self._note(name, _read(a), int(step), count=False)
+            return sum(n for a in answers.values() for n in _read(a).failed.values())
+
+        def dropped() -> dict[str, str]:
+            return {name: why for name, a in answers.items() if (why := _why_dropped(_read(a)))}
+
+        def drops() -> dict[str, int]:
+            return {
+                name: n + int(self._dropped.get(name, 0))
+                for name, n in ({**dict.fromkeys(self._dropped, 0), **self.drops}).items()
+            }
+
+        d["failed_rows"], d["dropped"], d["drops"] = failed_rows, dropped, drops
 
     def _tell(self, about: tuple[str, str], text: str) -> None:
         """Warn at the 1st, 10th, 100th, ... time."""
@@ -487,25 +620,15 @@ class SemiSAMTerm:
             warnings.warn(f"SemiSAMTerm(): {about[0]}: {text}{times}", RuntimeWarning, stacklevel=2)
 
     def _fuse(self, request: Request, answers: dict[str, Answers], *, teacher: bool) -> LastCall | None:
-        s, d = self.settings, self.diagnostics
-        if not any(any(a.done) for a in answers.values()):
+        s, d, quiet = self.settings, self.diagnostics, request.quiet
+        if not any(a.rounds if quiet else any(a.done) for a in answers.values()):
             return None
-        teacher = teacher and s["teacher_share"] > 0
-        sources = [r for a in answers.values() for r in a.rounds]
-        r_lab, r_unc = fusion.source_weights(
-            [a.score for a in answers.values()],
-            [a.done for a in answers.values()],
-            teacher,
-            s["teacher_share"],
-            label=s["label_rounds"],
-            doubt=s["doubt_rounds"],
-        )
-        counts = [i for i in range(len(r_lab)) if r_lab[i].any() or r_unc[i].any()]
+        sources, r_lab, r_unc = self._sources(request, answers, teacher and s["teacher_share"] > 0)
         soft = s["target"] == "soft"
         fused = fusion.fuse(
-            [joined(sources[i]) if i < len(sources) else _teacher_logits(request.prob) for i in counts],
-            r_lab[counts],
-            r_unc[counts],
+            sources,
+            r_lab,
+            r_unc,
             unc=s["unc"],
             weight=s["weight"],
             kappa=s["kappa"],
@@ -515,18 +638,28 @@ class SemiSAMTerm:
             two_channels=soft and request.prob.shape[1] == 2,
             want=("label", "uncertainty", "weight", *(("mean",) if soft else ())),
         )
-        taught = torch.from_numpy(r_lab.sum(0) > 0).to(request.prob.device)
+        taught = r_lab.sum(0) > 0
+        if not quiet:
+            taught = torch.from_numpy(taught).to(request.prob.device)
         agreement = fusion.agreement(fused.label, request.targets.target, request.prob.shape[1])
         kept = taught & (agreement >= s["sample_gate"])
         weight = fused.weight  # ours alone, so samples may be taken out in place
-        for n in (~kept).nonzero()[:, 0].tolist():
-            weight[n].zero_()
+        if quiet:
+            weight.masked_fill_(~kept.reshape(-1, *(1,) * (weight.ndim - 1)), 0)
+        else:
+            for n in (~kept).nonzero()[:, 0].tolist():
+                weight[n].zero_()
         share = _means(weight)
-        count = int(taught.sum())
-        d["weight_share"] = share.tolist()
-        d["skipped"] = int((share < s["min_weight"]).sum())
-        d["agreement"] = float(agreement[taught].mean()) if count else None
-        d["mean_u"] = float(_means(fused.uncertainty)[taught].mean()) if count else None
+        if quiet:
+            d["weight_share"], d["skipped"] = share, (share < s["min_weight"]).sum()
+            d["agreement"] = _fusing.masked_mean(agreement, taught)
+            d["mean_u"] = _fusing.masked_mean(_means(fused.uncertainty), taught)
+        else:
+            count = int(taught.sum())
+            d["weight_share"] = share.tolist()
+            d["skipped"] = int((share < s["min_weight"]).sum())
+            d["agreement"] = float(agreement[taught].mean()) if count else None
+            d["mean_u"] = float(_means(fused.uncertainty)[taught].mean()) if count else None
         return LastCall(
             request.images,
             request.prob,
@@ -538,6 +671,22 @@ class SemiSAMTerm:
             weight,
             fused.uncertainty,
         )
+
+    def _sources(self, request: Request, answers: dict[str, Answers], teacher: bool) -> tuple[Any, Any, Any]:
+        """What is fused, as logits, and its weights [S, B] for label and doubt; `teacher`: doubts, too."""
+        s, said = self.settings, answers.values()
+        rounds = [r for a in said for r in a.rounds]
+        scores, done = [a.score for a in said], [a.done for a in said]
+        which: dict[str, Any] = {"label": s["label_rounds"], "doubt": s["doubt_rounds"]}
+        if request.quiet:
+            places = [len(a.rounds) for a in said]
+            weights = _fusing.source_table(scores, done, places, teacher, s["teacher_share"], **which)
+            own = [_teacher_logits(request.prob)] if teacher else []
+            return [*map(joined, rounds), *own], *weights
+        r_lab, r_unc = fusion.source_weights(scores, done, teacher, s["teacher_share"], **which)
+        counts = [i for i in range(len(r_lab)) if r_lab[i].any() or r_unc[i].any()]
+        used = [joined(rounds[i]) if i < len(rounds) else _teacher_logits(request.prob) for i in counts]
+        return used, r_lab[counts], r_unc[counts]
 
     def _loss(self, logits: Any) -> Any:
         """The student's distance to what `last` holds."""
@@ -795,6 +944,26 @@ def _check_batch(who: str, names: tuple[str, str], images: Any, probs: Any) -> N
         )
 
 
+def _step(who: str, step: Any, quiet: bool) -> Any:
+    """The step as a number, or as a tensor that may stay one."""
+    if quiet and ops.is_torch(step):
+        return step
+    if not 0 <= int(step) < 2**32:
+        raise ValueError(f"{who}(): step: expected 0 or more, got {step}")
+    return int(step) if ops.is_torch(step) else step
+
+
+def _ids(who: str, given: Any, samples: int, device: Any) -> Any:
+    """One number per sample: a list, or a tensor on `device`."""
+    found: Any = range(samples) if given is None else given
+    if len(found) != samples:
+        raise ValueError(f"{who}(): sample_ids: expected one per sample ({samples}), got {len(found)}")
+    if device is not None:
+        kept = ops.is_torch(found)
+        return found if kept else ops.numbers([int(i) for i in found], torch.int64, device)
+    return found.tolist() if ops.is_torch(found) else [int(i) for i in found]
+
+
 def _check_probabilities(who: str, name: str, prob: Any) -> None:
     """A distribution over classes, up to the rounding of half precision."""
     if not prob.numel():
@@ -816,6 +985,30 @@ def _check_probabilities(who: str, name: str, prob: Any) -> None:
         )
 
 
+def _is_distribution(prob: Any) -> Any:
+    """What `_check_probabilities` asks, as a tensor."""
+    sums = prob.sum(1)
+    return ((sums - 1).abs().amax() <= 0.02) & (prob.amin() >= -0.02)  # NaN is not
+
+
+def _refuse_unless(checked: Any) -> None:
+    """Raise ValueError for probabilities that are none, after a call that did not look at them."""
+    if checked is not None and not bool(checked[1]):
+        _check_probabilities("SemiSAMTerm", "teacher_probs", checked[0])
+
+
+def _why_dropped(answers: Answers) -> str:
+    """What was wrong with a source that has nothing usable to say."""
+    failed = answers.failed
+    return max(failed, key=lambda what: failed[what]) if failed and not any(answers.done) else ""
+
+
+def _read(answers: Answers) -> Answers:
+    """What a quiet request's answers count, as numbers; this waits."""
+    failed = {what: n for what, rows in answers.failed.items() if (n := int(rows))}
+    return replace(answers, done=answers.done.tolist(), failed=failed)
+
+
 def _teacher_logits(prob: Any) -> Any:
     """Probabilities [B, C, *S] as logits for `fuse`; for two classes the foreground's alone, [B, 1, *S].
 
@@ -835,7 +1028,7 @@ def _means(maps: Any) -> Any:
 
 def _home(device: Any) -> Any:
     """Where this library's operators run for tensors of a device."""
-    return device if device.type == "cpu" else torch.device("cpu")
+    return device if not ops.lacks(device, _OPERATORS) else torch.device("cpu")
 
 
 def _nothing(logits: Any) -> Any:
@@ -847,6 +1040,7 @@ def _blank(gate: Gate, drops: dict[str, int]) -> dict[str, Any]:
     """The diagnostics of a step in which nothing was asked; None: not measured."""
     return {
         "called": False,
+        "asynchronous": False,
         "weight": 0.0,
         "loss": 0.0,
         "weight_share": [],

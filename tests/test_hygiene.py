@@ -89,6 +89,7 @@ LAYERS = [
         "_memory",
         "losses",
         "fusion",
+        "_fusing",
         "masks",
         "prompts",
         "metrics",

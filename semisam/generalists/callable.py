@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from semisam import ops
 from semisam import prompts as prompting
 from semisam.generalists.protocol import Decoded, GeneralistSpec
 from semisam.prompts import PromptBatch
@@ -29,7 +30,8 @@ class CallableGeneralist:
     The rest is what `GeneralistSpec` says of it: `name` (default: the function's own), `spatial_dims`,
     `prompts`, any of "points", "mask", "box"; `mask_size`, the resolution of its mask prompt (None: that of
     the patch); `default_mode` (None: "mixed", or what its prompts allow); `max_classes`; `slice_axis`, if
-    a 2-D model shall be asked about volumes slice by slice; `licence`, `training_sets`.
+    a 2-D model shall be asked about volumes slice by slice; `licence`, `training_sets`; `asynchronous`, if
+    it looks at no value of its tensors.
 
     >>> import torch
     >>> from semisam.generalists.callable import CallableGeneralist
@@ -55,6 +57,7 @@ class CallableGeneralist:
         slice_axis: int | None = None,
         licence: str = "",
         training_sets: Iterable[str] = (),
+        asynchronous: bool = False,
     ) -> None:
         """Describe the function; ValueError for prompts that do not exist, or none."""
         taken = frozenset(prompts)
@@ -74,6 +77,7 @@ class CallableGeneralist:
             training_sets=tuple(training_sets),
             max_classes=max_classes,
             slice_axis=slice_axis,
+            asynchronous=asynchronous,
         )
 
     def encode(self, images: Any, *, spacing: Sequence[float] | None = None) -> Any:
@@ -88,7 +92,8 @@ class CallableGeneralist:
         """
         made = self.function(state, prompts)
         try:
-            logits = torch.as_tensor(made, device=state.device).float()
+            given = made if ops.is_torch(made) else torch.as_tensor(made)
+            logits = given.to(state.device).float()
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"{self.spec.name}(): expected logits, a torch tensor or NumPy array, got "

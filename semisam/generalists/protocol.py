@@ -33,6 +33,10 @@ class GeneralistSpec:
     ("related: ..." of scans of another name that may be in part the same), and `training_list` what is known
     of the others: "none" (it was not trained), "published" (there is a list without them), "" (not stated).
 
+    `asynchronous` is a promise about images on a GPU: `encode`, `decode` and `mask_prompt` look at no value
+    of a tensor and copy nothing from the host, so that the host need not wait. The term then asks for every
+    round without knowing what came of the last one: `active` may have no row at all.
+
     >>> from semisam.generalists.protocol import GeneralistSpec
     >>> GeneralistSpec("mine", spatial_dims=(3,), prompts=frozenset({"points"})).mask_size is None
     True
@@ -55,6 +59,7 @@ class GeneralistSpec:
     weights: Weights | None = None
     overlaps: Mapping[str, str] = field(default_factory=dict, hash=False)
     training_list: str = ""
+    asynchronous: bool = False
 
 
 class Decoded(NamedTuple):

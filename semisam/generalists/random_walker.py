@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from semisam.prompts import PromptBatch
 __all__ = ["RandomWalker", "WalkState"]
 
 _LIMIT = 10.0  # of the logits, as of mask prompts
+_OPERATORS = ("random_walker", "geodesic", "edt", "keep_components")  # that a GPU must have for images there
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ class WalkState:
     (2, 8, 8)
     """
 
-    image: NDArray[np.float32]  # [B, *S]
+    image: Any  # [B, *S]: NumPy, or a tensor where the images stay on their device
     spacing: tuple[float, ...] | None
     like: Any  # an empty array of the images' kind and device
+    grey: Any = None  # of a tensor: what colour is judged by
 
 
 class RandomWalker:
@@ -44,9 +46,10 @@ class RandomWalker:
     `sigma` smooths the image, in voxels. The solve ends at `tol` or after `max_iter` iterations, then with
     a RuntimeWarning and `info["unconverged"]` above 0.
 
-    It runs on the CPU, wherever the images are, and returns its answers to their device; `device` can only
-    be "cpu". 2-D and 3-D, NumPy or torch. Images of several channels are standardised by channel and
-    averaged.
+    Images on a GPU are segmented there, without a wait: all rows at once, of which those that are not asked
+    for cost nothing. A row without any prompt is background then, no warning is given, and `info` has
+    tensors. `device="cpu"` does the work on the CPU, wherever the images are; answers return to
+    them. 2-D and 3-D, NumPy or torch. Images of several channels are standardised by channel and averaged.
 
     Papers: Grady, Random Walks for Image Segmentation (TPAMI 2006); with priors: Grady, Multilabel Random
     Walker Segmentation Using Prior Models (CVPR 2005).
@@ -76,6 +79,7 @@ class RandomWalker:
         licence="Apache-2.0",
         paper="Grady, TPAMI 2006 and CVPR 2005",
         training_list="none",
+        asynchronous=True,
     )
 
     def __init__(
@@ -85,7 +89,7 @@ class RandomWalker:
         weight: float = 2.0,
         colour_weight: float = 0.5,
         largest_component: bool = False,
-        device: str = "cpu",
+        device: str | None = None,
         *,
         click_gamma: float = 0.005,
         radius: float = 2.0,
@@ -96,11 +100,13 @@ class RandomWalker:
         max_iter: int = 1000,
     ) -> None:
         """Keep the settings; ValueError for one outside its range."""
-        if device != "cpu":
+        if device not in (None, "cpu"):
             raise ValueError(
-                f"RandomWalker(): device: expected 'cpu', where it runs for images of every device, "
-                f"got {device!r}"
+                f"RandomWalker(): device: expected 'cpu', or None for where the images are, got {device!r}"
             )
+        self._on_cpu = device == "cpu"
+        if self._on_cpu:
+            self.spec = replace(self.spec, asynchronous=False)
         numbers = {"gamma": gamma, "beta": beta, "weight": weight, "colour_weight": colour_weight}
         numbers |= {"click_gamma": click_gamma, "radius": radius, "geodesic_weight": geodesic_weight}
         numbers |= {"edge_weight": edge_weight, "sigma": sigma, "tol": tol}
@@ -126,12 +132,24 @@ class RandomWalker:
                 f"RandomWalker.encode(): images: expected [B, channels, H, W] or [B, channels, D, H, W], "
                 f"got shape {shape}"
             )
-        n = len(shape) - 2
+        n, step = len(shape) - 2, None if spacing is None else tuple(spacing)
+        if self._stay(images):
+            walking, whole = _seeds_there(), images.detach().float()
+            if shape[1] > 1:
+                whole = walking.standardize(whole.flatten(0, 1), 0.0).reshape(shape).mean(1, keepdim=True)
+            scaled = walking.standardize(whole[:, 0], self.sigma)
+            return WalkState(scaled, step, images[:0], walking.grey_of(scaled))
         image = _numpy(images).astype(np.float32, copy=False)
         if shape[1] > 1:
             image = random_walk.standardize(image, sigma=0, spatial_dims=n).mean(1, keepdims=True)
         image = random_walk.standardize(image[:, 0], sigma=self.sigma, spatial_dims=n)
-        return WalkState(image, None if spacing is None else tuple(spacing), images[:0])
+        return WalkState(image, step, images[:0])
+
+    def _stay(self, array: Any) -> bool:
+        """Tell whether the work is done on the array's device."""
+        if self._on_cpu or not ops.is_torch(array) or not ops.stays(array.device):
+            return False
+        return not ops.lacks(array.device, _OPERATORS)
 
     def decode(self, state: WalkState, prompts: PromptBatch, active: Any = None) -> Decoded:
         """Solve for all rows asked for, in one batch per kind of prompt.
@@ -143,6 +161,8 @@ class RandomWalker:
 
         Raises ValueError for prompts that do not fit the images and for a row without any prompt.
         """
+        if state.grey is not None:
+            return self._decode_there(state, prompts, active)
         rows = _rows_asked_for(state, prompts, active)
         shape = (*prompts.labels.shape[:2], *prompts.shape)
         logits = np.full((shape[0] * shape[1], *prompts.shape), -_LIMIT, np.float32)
@@ -160,6 +180,71 @@ class RandomWalker:
             info["iterations"] += int(walk.iterations.sum())
             info["unconverged"] += int((~walk.converged).sum())
         answer = _like(logits.reshape(shape), state.like)
+        return Decoded(answer, answer, info)
+
+    def _decode_there(self, state: WalkState, prompts: PromptBatch, active: Any) -> Decoded:
+        """All rows on the images' device, once by masks and once by clicks; others have seeds everywhere."""
+        torch: Any = sys.modules["torch"]
+        walking = _seeds_there()
+        batch, classes, k = prompts.labels.shape
+        _check_prompts(tuple(state.image.shape), prompts, active)
+        space, total, device = prompts.shape, batch * classes, state.image.device
+        drawn, boxes = prompts.mask_logits, prompts.boxes
+        points = prompts.points.to(device).reshape(total, k, len(space))
+        labels = prompts.labels.to(device).reshape(total, k)
+        box = None if boxes is None else boxes.to(device).reshape(total, 2, len(space))
+        asked = torch.ones(total, dtype=torch.bool, device=device)
+        asked = asked if active is None else active.to(device).reshape(-1) != 0
+        clicked = (labels >= 0).any(1)
+        says = torch.zeros_like(clicked)
+        if drawn is not None:
+            mask = drawn.to(device).reshape(total, *space)
+            says = (mask != 0).flatten(1).any(1)
+        own: dict[str, Any] = {"radius": self._shared["radius"], "colour": self._shared["colour_weight"]}
+        where = (-1, *(1,) * len(space))
+        logits = torch.full((total, *space), -_LIMIT, device=device)
+        info = {"solves": 0, "iterations": 0, "unconverged": 0}
+        for by_clicks in (False, True):
+            if by_clicks:
+                if not k:
+                    continue
+                rows = asked & clicked & ~says
+                seeds, prior = walking.click_seeds(
+                    state.image, state.grey, box, (points, labels), **own, **self._clicks
+                )
+            else:
+                if drawn is None and box is None:
+                    continue
+                inside = None if drawn is None else mask >= 0
+                if box is not None:
+                    filled = walking.box_filled(box, space)
+                    inside = filled if inside is None else torch.where(says.reshape(where), inside, filled)
+                rows = asked & ~(clicked & ~says) & (says if box is None else torch.ones_like(says))
+                if self.largest_component:
+                    inside = masks.largest_component(inside, spatial_dims=len(space))
+                seeds, prior = walking.mask_seeds(
+                    state.grey, inside, (points, labels), weight=self._mask["weight"], **own
+                )
+            kept = rows.reshape(where)
+            seeds, prior = torch.where(kept, seeds, 2), torch.where(kept, prior, 0.5)
+            prob, iterations, residual = random_walk.solved(
+                state.image,
+                seeds.reshape(batch, classes, *space),
+                prior.reshape(batch, classes, *space),
+                gamma=self.click_gamma if by_clicks else self.gamma,
+                beta=self.beta,
+                spacing=state.spacing,
+                tol=self.tol,
+                max_iter=self.max_iter,
+                spatial_dims=len(space),
+            )
+            prob = prob.reshape(total, *space)
+            found = (prob.log() - (-prob).log1p()).clamp(-_LIMIT, _LIMIT)
+            logits = torch.where(kept, found, logits)
+            info["solves"] += rows.sum()
+            info["iterations"] += (iterations * rows).sum()
+            info["unconverged"] += (~(residual <= self.tol) & rows).sum()
+        answer = logits.reshape(batch, classes, *space)
         return Decoded(answer, answer, info)
 
     def _solve(self, state: WalkState, rows: _Rows) -> Any:
@@ -188,6 +273,13 @@ class RandomWalker:
         )
 
 
+def _seeds_there() -> Any:
+    """What is done in torch, which only callers with tensors have."""
+    from semisam.generalists import _random_walker_seeds  # noqa: PLC0415
+
+    return _random_walker_seeds
+
+
 class _Rows(NamedTuple):
     """Rows (one class of one sample each) and their prompts, as NumPy arrays."""
 
@@ -207,21 +299,8 @@ def _rows_asked_for(state: WalkState, prompts: PromptBatch, active: Any) -> _Row
     """The active rows, after making sure that prompts fit the images."""
     batch, classes, clicks = prompts.labels.shape
     space = tuple(state.image.shape[1:])
-    if prompts.shape != space or batch != len(state.image):
-        raise ValueError(
-            f"RandomWalker.decode(): prompts: expected {len(state.image)} samples of the images' shape "
-            f"{space}, got {batch} of {prompts.shape}"
-        )
-    if active is not None and tuple(active.shape) != (batch, classes):
-        raise ValueError(
-            f"RandomWalker.decode(): active: expected shape {(batch, classes)}, got {tuple(active.shape)}"
-        )
     drawn = prompts.mask_logits
-    if drawn is not None and tuple(drawn.shape[2:]) != space:
-        raise ValueError(
-            f"RandomWalker.decode(): prompts.mask_logits: expected the images' shape {space}, "
-            f"got {tuple(drawn.shape[2:])}"
-        )
+    _check_prompts(tuple(state.image.shape), prompts, active)
     total, n = batch * classes, len(space)
     rows = _Rows(
         np.arange(total),
@@ -243,6 +322,25 @@ def _rows_asked_for(state: WalkState, prompts: PromptBatch, active: Any) -> _Row
             f"for, got none for sample {row // classes}, class {row % classes + 1}"
         )
     return rows
+
+
+def _check_prompts(images: tuple[int, ...], prompts: PromptBatch, active: Any) -> None:
+    """Make sure that prompts fit images [B, *S]."""
+    (batch, classes, _), space, drawn = prompts.labels.shape, images[1:], prompts.mask_logits
+    if prompts.shape != space or batch != images[0]:
+        raise ValueError(
+            f"RandomWalker.decode(): prompts: expected {images[0]} samples of the images' shape "
+            f"{space}, got {batch} of {prompts.shape}"
+        )
+    if active is not None and tuple(active.shape) != (batch, classes):
+        raise ValueError(
+            f"RandomWalker.decode(): active: expected shape {(batch, classes)}, got {tuple(active.shape)}"
+        )
+    if drawn is not None and tuple(drawn.shape[2:]) != space:
+        raise ValueError(
+            f"RandomWalker.decode(): prompts.mask_logits: expected the images' shape {space}, "
+            f"got {tuple(drawn.shape[2:])}"
+        )
 
 
 def _says(mask: NDArray[Any]) -> NDArray[np.bool_]:

@@ -100,6 +100,7 @@ class SamMed3D:
         weights=Weights(page="https://github.com/uni-medical/SAM-Med3D"),
         overlaps=_SEEN,
         training_list="published",
+        asynchronous=True,
     )
 
     def __init__(
@@ -158,7 +159,7 @@ class SamMed3D:
 
     @torch.no_grad()
     def decode(self, state: CubeState, prompts: PromptBatch, active: Any = None) -> Decoded:
-        """Segment all rows that are asked for, in one batch per number of clicks.
+        """Segment all rows that are asked for, in one batch per number of clicks; on a GPU all rows in one.
 
         A row without clicks is asked by its mask prompt alone, a row without a mask prompt gets zeros, as in
         training; padding (label -1) is left out, so that a row's answer does not depend on what else is in
@@ -168,6 +169,8 @@ class SamMed3D:
         """
         batch, classes, _ = prompts.labels.shape
         self._check(state, prompts, active)
+        if ops.stays(state.features.device):
+            return self._decode_all(state, prompts, active)
         low = torch.full((batch * classes, *self._mask_size), _UNASKED, device=state.features.device)
         rows = torch.ones(len(low), dtype=torch.bool, device=low.device)
         if active is not None:
@@ -183,6 +186,24 @@ class SamMed3D:
             logits[rows] = self._to_patch(low[rows][:, None], state)[:, 0]
         head = (batch, classes)
         return Decoded(logits.reshape(*head, *state.shape), low.reshape(*head, *self._mask_size))
+
+    def _decode_all(self, state: CubeState, prompts: PromptBatch, active: Any) -> Decoded:
+        """All rows in one batch, whatever is asked for; clicks that a row does not have are hidden."""
+        batch, classes, k = prompts.labels.shape
+        points, labels, masks, _ = self._sent(state, prompts)
+        absent = labels < 0
+        # The token that is no point goes with the clicks: without any there is none.
+        hidden = torch.cat([absent, absent.all(1, keepdim=True)], 1) if k else None
+        features = state.features.repeat_interleave(classes, 0)
+        with self._at(features.device):
+            made, _ = self.network.decode(features, points, labels, masks, hidden)
+        made = made.float()
+        logits = self._to_patch(made, state)
+        if active is not None:
+            rows = active.to(made.device).reshape(-1, 1, 1, 1, 1)
+            made, logits = (torch.where(rows, x, _UNASKED) for x in (made, logits))
+        head = (batch, classes)
+        return Decoded(logits.reshape(*head, *state.shape), made.reshape(*head, *self._mask_size))
 
     def mask_prompt(self, prob: Any, state: CubeState) -> Tensor:
         """Return the mask prompt [B, F, *mask_size] of probabilities [B, F, D, H, W] on the patch's grid.
@@ -242,7 +263,10 @@ class SamMed3D:
         if shape == (side,) * 3:
             return x
         cube = x.new_empty(len(x), 1, side, side, side)
-        cube[:] = fill
+        if isinstance(fill, Tensor):
+            cube.copy_(fill)
+        else:
+            cube.fill_(fill)
         cube[_place(shape, side)] = x
         return cube
 
@@ -270,9 +294,18 @@ class SamMed3D:
 
     def _groups(self, state: CubeState, batch: PromptBatch, rows: Tensor) -> Any:
         """(row numbers, points, labels, masks) of the rows asked for, by their number of clicks."""
+        points, labels, masks, clicks = self._sent(state, batch)
+        for k in torch.unique(clicks[rows]).tolist():
+            index = (rows & (clicks == k)).nonzero()[:, 0]
+            yield index, points[index, :k], labels[index, :k], masks[index]
+
+    def _sent(self, state: CubeState, batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Points and labels of all rows, clicks first, their masks, and their numbers of clicks."""
         device = state.features.device
-        scale = [m / n for m, n in zip(state.resampled, state.shape, strict=True)]
-        at = (batch.points.to(device).double() + 0.5) * torch.tensor(scale, device=device) - 0.5
+        scale = ops.numbers(
+            [m / n for m, n in zip(state.resampled, state.shape, strict=True)], torch.float32, device
+        )
+        at = (batch.points.to(device).double() + 0.5) * scale - 0.5
         moved = PromptBatch(state.resampled, at, batch.labels.to(device), None, batch.mask_logits)
         sent = moved.to_sam_med3d(self.network.architecture.side)
         points, labels = sent["points"], sent["labels"]
@@ -283,10 +316,7 @@ class SamMed3D:
         order = (labels < 0).to(torch.uint8).argsort(dim=1, stable=True)
         labels = labels.gather(1, order)
         points = points.gather(1, order[..., None].expand_as(points))
-        clicks = (labels >= 0).sum(1)
-        for k in torch.unique(clicks[rows]).tolist():
-            index = (rows & (clicks == k)).nonzero()[:, 0]
-            yield index, points[index, :k], labels[index, :k], masks[index].to(device).float()
+        return points, labels, masks.to(device).float(), (labels >= 0).sum(1)
 
     # ---- devices and checks
 

@@ -104,17 +104,19 @@ class SamMed3DNetwork(nn.Module):
         return result
 
     def decode(
-        self, features: Tensor, points: Tensor, labels: Tensor, masks: Tensor
+        self, features: Tensor, points: Tensor, labels: Tensor, masks: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return mask logits [N, 1, *mask_size] and the predicted quality [N] for N prompts.
 
         `features` [N, ...] (one row per prompt), `points` [N, K, 3] in array order within the cube, `labels`
         [N, K] 1, 0 or -1 (not a point), `masks` [N, 1, *mask_size] logits, zeros for none. With K = 0 the
-        mask is all there is.
+        mask is all there is. `hidden` [N, K + 1] (bool): the clicks that a row shall be answered without, and
+        whether without the token that goes with clicks, too.
         """
         sparse = self.prompt_encoder.sparse(points, labels)
         position = self.prompt_encoder.positions()
-        logits, quality = self.mask_decoder(features + self.prompt_encoder.dense(masks), position, sparse)
+        asked = features + self.prompt_encoder.dense(masks)
+        logits, quality = self.mask_decoder(asked, position, sparse, hidden)
         return logits, quality
 
 
@@ -363,13 +365,18 @@ class MaskDecoder(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(_Mlp(c, c, c // 8) for _ in range(4))
         self.iou_prediction_head = _Mlp(c, a.hidden[1], 4)
 
-    def forward(self, source: Tensor, position: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, source: Tensor, position: Tensor, sparse: Tensor, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Features [N, C, g, g, g] to logits [N, 1, 4g, 4g, 4g] and quality [N]: mask 0 of four, alone."""
-        n = len(sparse)
+        n, seen = len(sparse), None
+        if hidden is not None:  # for every head and query: which tokens are looked at
+            seen = F.pad(~hidden, (len(self.iou_token.weight) + len(self.mask_tokens.weight), 0), value=True)
+            seen = seen[:, None, None]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([own[None].expand(n, -1, -1).to(sparse.dtype), sparse], 1)
         flat = source.flatten(2).transpose(1, 2)
-        tokens, flat = self.transformer(tokens, flat, position.flatten(2).transpose(1, 2))
+        tokens, flat = self.transformer(tokens, flat, position.flatten(2).transpose(1, 2), seen)
         fine = self.output_upscaling(flat.transpose(1, 2).reshape(source.shape))
         weights = self.output_hypernetworks_mlps[0](tokens[:, 1])
         logits = torch.einsum("nc,ncxyz->nxyz", weights, fine)[:, None]
@@ -385,11 +392,13 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = _DecoderAttention(channels, channels // 2, heads)
         self.norm_final_attn = nn.LayerNorm(channels)
 
-    def forward(self, tokens: Tensor, image: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, image: Tensor, position: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens [N, T, C] and features [N, V, C], both as they come out; positions [1, V, C]."""
         asked = tokens
         for layer in self.layers:
-            tokens, image = layer(tokens, image, asked, position)
+            tokens, image = layer(tokens, image, asked, position, seen)
         tokens = tokens + self.final_attn_token_to_image(tokens + asked, image + position, image)
         return self.norm_final_attn(tokens), image
 
@@ -410,18 +419,18 @@ class TwoWayBlock(nn.Module):
         self.cross_attn_image_to_token = _DecoderAttention(channels, channels // 2, heads)
 
     def forward(
-        self, tokens: Tensor, image: Tensor, asked: Tensor, position: Tensor
+        self, tokens: Tensor, image: Tensor, asked: Tensor, position: Tensor, seen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """One round; `asked` and `position` go to queries and keys, never to values."""
         if self.first:  # nothing to add yet, and the result replaces the tokens
-            tokens = self.self_attn(tokens, tokens, tokens)
+            tokens = self.self_attn(tokens, tokens, tokens, seen)
         else:
-            tokens = tokens + self.self_attn(tokens + asked, tokens + asked, tokens)
+            tokens = tokens + self.self_attn(tokens + asked, tokens + asked, tokens, seen)
         tokens = self.norm1(tokens)
         tokens = tokens + self.cross_attn_token_to_image(tokens + asked, image + position, image)
         tokens = self.norm2(tokens)
         tokens = self.norm3(tokens + self.mlp["lin2"](F.relu(self.mlp["lin1"](tokens))))
-        image = image + self.cross_attn_image_to_token(image + position, tokens + asked, tokens)
+        image = image + self.cross_attn_image_to_token(image + position, tokens + asked, tokens, seen)
         return tokens, self.norm4(image)
 
 
@@ -434,10 +443,10 @@ class _DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(channels, inner)
         self.out_proj = nn.Linear(inner, channels)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
         projected = (self.q_proj(q), self.k_proj(k), self.v_proj(v))
-        split = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
-        out = F.scaled_dot_product_attention(*split)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
+        out = F.scaled_dot_product_attention(q, k, v, seen)
         result: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return result
 

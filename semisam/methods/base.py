@@ -207,7 +207,8 @@ class Method:
 
     def _weight(self, step: int) -> float:
         """The rising weight of what is learned from unlabeled samples."""
-        return consistency_weight(step, self.total_steps, weight=self.config.consistency_weight)
+        weight: float = consistency_weight(step, self.total_steps, weight=self.config.consistency_weight)
+        return weight
 
     def _sweep(self, logits: Tensor, batch: Batch, more: dict[str, Term]) -> dict[str, Tensor]:
         """Supervised terms and `more` (on the samples behind the labeled ones), in one sweep over voxels."""
