@@ -67,6 +67,7 @@ STAGES: dict[str, Any] = {
     **SETTINGS,
     # Chosen on scans 100 to 119 and another draw of the labeled ones (11), as examples/second-stage.yaml.
     "train.steps": 1000,
+    "term.gate_steps": 250,  # whoever is to teach is prompted by a network of 500 steps
     "term.offline_start": None,
     "term.refresh": 0,
     "term.position_prior": 0.0,

@@ -435,8 +435,8 @@ class Comparison:
 def compare(runs: Sequence[RunRecord]) -> Comparison:
     """Return methods and paired gains of any number of runs.
 
-    Runs of one method name are one method if they differ in draw, seed and split alone; otherwise what
-    differs is part of the title.
+    Runs of one method name are one method if they differ in draw, seed, split and the run that labeled for
+    them alone; otherwise what differs is part of the title.
 
     >>> from pathlib import Path
     >>> from semisam.engine.results import RunRecord, Scores, compare
@@ -497,9 +497,15 @@ def _what_differs(run: RunRecord, same: Sequence[RunRecord]) -> str:
     keys = [
         key
         for key in sorted({k for other in others for k in other})
-        if key not in SAME_METHOD and any(other.get(key) != own.get(key) for other in others)
+        if key not in SAME_METHOD and any(_kind(key, other) != _kind(key, own) for other in others)
     ]
     return ", ".join(f"{key}={own.get(key)}" for key in keys)
+
+
+def _kind(key: str, settings: dict[str, Any]) -> Any:
+    """A setting as far as it makes a method: every draw has its own run to learn from."""
+    value = settings.get(key)
+    return value is not None if key == "term.offline_from" else value
 
 
 def _gain(method: Method, baseline: Method, component: tuple[bool, bool]) -> Gain | None:
