@@ -130,6 +130,16 @@ def test_runs_of_other_draws_or_seeds_are_not_compared():
     assert compare([ours, theirs]).gains == []
 
 
+def test_every_draw_may_learn_from_a_run_of_its_own():
+    runs = [made("semisam-mean-teacher", 0.8, draw=draw) for draw in (1, 2, 3)]
+    for run in runs:
+        run.config["term"] = {"offline_from": f"first/draw{run.draw[0]}"}
+    (method,) = compare(runs).methods
+    assert len(method.runs) == 3
+    runs[0].config["term"]["offline_from"] = None  # this one teaches itself
+    assert len(compare(runs).methods) == 2
+
+
 def test_gains_use_the_cases_that_both_have():
     ours, theirs = made("semisam-mean-teacher", 0.8), made("mean-teacher", 0.7)
     assert ours.scores
