@@ -499,13 +499,13 @@ def _what_differs(run: RunRecord, same: Sequence[RunRecord]) -> str:
         for key in sorted({k for other in others for k in other})
         if key not in SAME_METHOD and any(_kind(key, other) != _kind(key, own) for other in others)
     ]
-    return ", ".join(f"{key}={own.get(key)}" for key in keys)
+    return ", ".join(f"{key}={_kind(key, own)}" for key in keys)
 
 
 def _kind(key: str, settings: dict[str, Any]) -> Any:
     """A setting as far as it makes a method: every draw has its own run to learn from."""
     value = settings.get(key)
-    return value is not None if key == "term.offline_from" else value
+    return "another run" if key == "term.offline_from" and value else value
 
 
 def _gain(method: Method, baseline: Method, component: tuple[bool, bool]) -> Gain | None:
