@@ -446,14 +446,14 @@ SS_KERNEL void __launch_bounds__(THREADS)
     if (!values) {
         return;
     }
-    __threadfence(); /* stats before `done` */
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0) { /* as in ss_group_barrier: its fences stand for the whole block */
+        __threadfence();    /* this block's stats before `done`, */
         last = atomicAdd(done, 1u) == gridDim.x - 1;
+        __threadfence(); /* and those of the others behind it */
     }
     __syncthreads();
     if (last) {
-        __threadfence();
         for (int64_t i = threadIdx.x; i < r.terms * r.B * r.C; i += THREADS) {
             values[i] = value_of(r, i);
         }
