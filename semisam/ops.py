@@ -323,11 +323,21 @@ def faults() -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for counters in _faults.values():
-        for op, n in zip(SCHEMA, counters.tolist(), strict=True):
+        _wait_for(counters)
+        counts = counters.tolist()
+        for op, n in zip(SCHEMA, counts, strict=True):
             if n:
                 found[op] = found.get(op, 0) + n
-        counters.zero_()
+        if any(counts):
+            counters.zero_()
+            _wait_for(counters)  # or what another stream counts next may be wiped out
     return found
+
+
+def _wait_for(counters: Any) -> None:
+    """Wait for all streams of a CUDA device: any of them may count, not the current one alone."""
+    if counters.is_cuda:
+        sys.modules["torch"].cuda.synchronize(counters.device)
 
 
 def refuse_faults() -> None:

@@ -77,6 +77,35 @@ def test_counted_faults_are_a_sentence(monkeypatch):
     ops.refuse_faults()  # told once
 
 
+def test_faults_wait_for_every_stream_of_the_device(monkeypatch):
+    seen = []
+
+    class Counters:
+        is_cuda, device = True, "cuda:0"
+
+        def __init__(self):
+            self.values = [0] * len(ops.SCHEMA)
+
+        def tolist(self):
+            seen.append("read")
+            return list(self.values)
+
+        def zero_(self):
+            seen.append("zero")
+            self.values = [0] * len(ops.SCHEMA)
+
+    counters = Counters()
+    monkeypatch.setattr(ops, "_faults", {0: counters})
+    monkeypatch.setattr(torch.cuda, "synchronize", seen.append)
+    assert ops.faults() == {}
+    assert seen == ["cuda:0", "read"]
+    seen.clear()
+    counters.values[list(ops.SCHEMA).index("overlap")] = 2
+    assert ops.faults() == {"overlap": 2}
+    assert seen == ["cuda:0", "read", "zero", "cuda:0"]
+    assert ops.faults() == {}
+
+
 class Recorder:
     """Stands for torch.cuda and the core: notes who waits for whom, and when the operator runs."""
 
