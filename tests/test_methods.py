@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from semisam import methods, schedules
+from semisam import methods, ops, schedules
 from semisam.engine.config import MethodConfig
 from semisam.losses import uncertainty_weighted_loss
-from semisam.methods.base import Batch, Method, random_key
+from semisam.methods.base import Batch, Method, PseudoLabel, random_key
 from semisam.specialists import UNet3d, VNet
 from semisam.term import SemiSAMTerm
 
@@ -471,3 +471,25 @@ def test_labels_from_before_take_the_place_of_the_dialogue(name):
     silent = pseudo._replace(weight=torch.zeros(2, *space))
     assert method.losses(replace(batch, pseudo=silent), 5)["semisam"].item() == 0
     assert term.diagnostics["skipped"] == 2
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("offline", [False, True])
+def test_the_term_that_nobody_waits_for_in_every_method(base, offline, monkeypatch):
+    """As on a GPU: its diagnostics are no dictionary there, and get seconds and memory all the same."""
+    found = []
+    for stays in (False, True):
+        monkeypatch.setattr(ops, "stays", lambda device, stays=stays: stays)
+        term = SemiSAMTerm("random-walker", total_steps=TOTAL, sample_gate=0.0)
+        method = build(f"semisam-{base}", network(dropout=False), term=term)
+        batch = batch_of()
+        if offline:
+            given = torch.rand(2, 2, 8, 8, 8, generator=torch.Generator().manual_seed(1)).softmax(1)
+            batch = replace(batch, pseudo=PseudoLabel(given, given[:, 0], given[:, 1]))
+        value = method.losses(batch, 8)["semisam"]
+        assert term.diagnostics["asynchronous"] is stays
+        assert term.diagnostics["s"] > 0
+        assert "mb" in term.diagnostics
+        found.append(value.item())
+    assert found[0] > 0
+    assert found[1] == pytest.approx(found[0], rel=2e-3)

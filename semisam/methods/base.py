@@ -183,7 +183,8 @@ class Method:
             return {}
         with cost_of(batch.image.device) as cost:
             value = self._taught(batch, logits[batch.labeled :], source, step)
-        self.term.diagnostics |= {"s": cost.seconds, "mb": cost.mib}
+        for name, number in (("s", cost.seconds), ("mb", cost.mib)):
+            self.term.diagnostics[name] = number  # no dictionary, where nobody has waited for its numbers
         if ranks() > 1:  # it is a mean over the samples that have something to teach
             found = self.term.diagnostics
             kept = torch.tensor(float(len(found["weight_share"]) - found["skipped"]))
