@@ -194,15 +194,14 @@ class Method:
 
     def _taught(self, batch: Batch, logits: Tensor, source: Tensor | None, step: int) -> Tensor:
         """The term's value: from answers to these patches, or from labels of whole scans."""
-        images = batch.image[batch.labeled :]
-        shown = on_core(images)
+        images = batch.image[batch.labeled :]  # where the generalists run, wherever the core's operators do
         if batch.pseudo is not None:
             target, weight, doubt = batch.pseudo
-            made = self.term.from_labels(shown, logits, target, weight, step=step, uncertainty=doubt)
+            made = self.term.from_labels(images, logits, target, weight, step=step, uncertainty=doubt)
         else:
             probs = on_core(self.prompt_probabilities(images) if source is None else source)
             ids = list(batch.ids[batch.labeled :])
-            made = self.term(shown, logits, probs, step=step, sample_ids=ids, spacing=batch.spacing)
+            made = self.term(images, logits, probs, step=step, sample_ids=ids, spacing=batch.spacing)
         value: Tensor = made
         return value
 
