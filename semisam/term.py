@@ -565,21 +565,27 @@ class SemiSAMTerm:
             found[choice] = made
         return found
 
-    def _note(self, name: str, answers: Answers, step: int, *, count: bool = True) -> None:
+    def _note(self, name: str, answers: Answers, step: int) -> None:
         """Count and tell what was wrong with a source."""
-        d, budget = self.diagnostics, self.settings["budget"]
         why = _why_dropped(answers)
-        if count and why:
-            d["dropped"][name] = why
+        if why:
+            self.diagnostics["dropped"][name] = why
             self.drops[name] = self.drops.get(name, 0) + 1
+        self._tell_failed(name, answers, step)
+        self._note_slow(name, answers, f" at step {step}")
+
+    def _tell_failed(self, name: str, answers: Answers, step: int) -> None:
         for what, rows in answers.failed.items():
             self._tell(
                 (name, what.partition(",")[0]),
                 f"{rows} answers {what} at step {step}; a sample without an earlier answer is left out",
             )
-        if count and budget is not None and answers.seconds > budget:
-            d["slow"][name] = answers.seconds
-            self._tell((name, "slow"), f"took {answers.seconds:.3g} s at step {step}, budget {budget:g} s")
+
+    def _note_slow(self, name: str, answers: Answers, when: str) -> None:
+        budget = self.settings["budget"]
+        if budget is not None and answers.seconds > budget:
+            self.diagnostics["slow"][name] = answers.seconds
+            self._tell((name, "slow"), f"took {answers.seconds:.3g} s{when}, budget {budget:g} s")
 
     def _note_quietly(self, request: Request, answers: dict[str, Answers]) -> None:
         """What is to be counted and told, as tensors and as functions of them: for whoever reads it."""
@@ -589,6 +595,7 @@ class SemiSAMTerm:
         d["clicks"] = sum((a.clicks.labels >= 0).sum() for a in answers.values())
         d["rounds"] = {name: a.done for name, a in answers.items()}
         for name, a in answers.items():
+            self._note_slow(name, a, "" if ops.is_torch(step) else f" at step {step}")  # the host's own time
             if a.failed:
                 nothing = sum(a.failed.values()) > 0
                 counter = self._dropped.get(name)
@@ -598,7 +605,7 @@ class SemiSAMTerm:
 
         def failed_rows() -> int:
             for name, a in answers.items():
-                self._note(name, _read(a), int(step), count=False)
+                self._tell_failed(name, _read(a), int(step))
             return sum(n for a in answers.values() for n in _read(a).failed.values())
 
         def dropped() -> dict[str, str]:

@@ -417,6 +417,14 @@ def test_failures_are_told_when_they_are_read_and_counted_without_it(monkeypatch
     assert term.diagnostics["drops"] == {"remote": 3}
 
 
+def test_a_slow_generalist_is_told_of_without_a_wait(monkeypatch):
+    images, truth, prob = scene()
+    term = SemiSAMTerm(Remote(truth), total_steps=TOTAL, budget=1e-9)
+    with watched(monkeypatch), pytest.warns(RuntimeWarning, match=r"remote: took .* s at step 500, budget"):
+        term(images, prob.log(), prob, step=STEP)
+    assert term.diagnostics["slow"]["remote"] > 0
+
+
 def test_no_teacher_and_logits_that_are_not_finite(monkeypatch):
     images, truth, prob = scene()
 
