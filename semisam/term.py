@@ -379,6 +379,8 @@ class SemiSAMTerm:
         if self.settings["lam_sam"] == 0:
             return torch.zeros((), device=logits_u.device)
         if not self._due(step, factor) or not len(logits_u):
+            if self._dropped:
+                self.diagnostics = Diagnostics(self.diagnostics | {"drops": self._all_drops})
             return _nothing(logits_u)
         if quiet:
             return self._quietly(images_u, logits_u, teacher_probs, step, ids, spacing)
@@ -485,6 +487,8 @@ class SemiSAMTerm:
         quiet = ops.stays(home)
         step = _step("SemiSAMTerm.from_labels", step, quiet)
         d = _blank(self.gate, self.drops)
+        if quiet:
+            d["drops"] = self._all_drops
         self.diagnostics = Diagnostics(d) if quiet else d
         d["weight"] = factor = self.factor(step)
         d["asynchronous"] = quiet
@@ -533,10 +537,11 @@ class SemiSAMTerm:
             d["failed_rows"] = sum(n for a in answers.values() for n in a.failed.values())
             for name, a in answers.items():
                 self._note(name, a, step)
-            d["drops"] = dict(self.drops)
+            d["drops"] = self._all_drops()
             d["clicks"] = sum(int((a.clicks.labels >= 0).sum()) for a in answers.values())
             d["rounds"] = {name: list(a.done) for name, a in answers.items()}
-        d["solver"] = {name: dict(a.info) for name, a in answers.items() if a.info}
+        solver = {name: dict(a.info) for name, a in answers.items() if a.info}
+        d["solver"] = solver if quiet else _plain(solver)
         d["ms_generalist"] = 1e3 * seconds
         d["ms_rest"] = 1e3 * (time.perf_counter() - began - seconds)
         return made
@@ -611,13 +616,12 @@ class SemiSAMTerm:
         def dropped() -> dict[str, str]:
             return {name: why for name, a in answers.items() if (why := _why_dropped(_read(a)))}
 
-        def drops() -> dict[str, int]:
-            return {
-                name: n + int(self._dropped.get(name, 0))
-                for name, n in ({**dict.fromkeys(self._dropped, 0), **self.drops}).items()
-            }
+        d["failed_rows"], d["dropped"], d["drops"] = failed_rows, dropped, self._all_drops
 
-        d["failed_rows"], d["dropped"], d["drops"] = failed_rows, dropped, drops
+    def _all_drops(self) -> dict[str, int]:
+        """Steps without a usable answer, by source; waits for those that were counted on a device."""
+        names = {**dict.fromkeys(self._dropped, 0), **self.drops}
+        return {name: n + int(self._dropped.get(name, 0)) for name, n in names.items()}
 
     def _tell(self, about: tuple[str, str], text: str) -> None:
         """Warn at the 1st, 10th, 100th, ... time."""
@@ -953,7 +957,7 @@ def _check_batch(who: str, names: tuple[str, str], images: Any, probs: Any) -> N
 
 def _step(who: str, step: Any, quiet: bool) -> Any:
     """The step as a number, or as a tensor that may stay one."""
-    if quiet and ops.is_torch(step):
+    if quiet and ops.is_torch(step) and ops.stays(step.device):
         return step
     if not 0 <= int(step) < 2**32:
         raise ValueError(f"{who}(): step: expected 0 or more, got {step}")
