@@ -379,6 +379,8 @@ class SemiSAMTerm:
         if self.settings["lam_sam"] == 0:
             return torch.zeros((), device=logits_u.device)
         if not self._due(step, factor) or not len(logits_u):
+            if self._dropped:
+                self.diagnostics = Diagnostics(self.diagnostics | {"drops": self._all_drops})
             return _nothing(logits_u)
         if quiet:
             return self._quietly(images_u, logits_u, teacher_probs, step, ids, spacing)
@@ -485,6 +487,8 @@ class SemiSAMTerm:
         quiet = ops.stays(home)
         step = _step("SemiSAMTerm.from_labels", step, quiet)
         d = _blank(self.gate, self.drops)
+        if quiet:
+            d["drops"] = self._all_drops
         self.diagnostics = Diagnostics(d) if quiet else d
         d["weight"] = factor = self.factor(step)
         d["asynchronous"] = quiet
@@ -533,10 +537,11 @@ class SemiSAMTerm:
             d["failed_rows"] = sum(n for a in answers.values() for n in a.failed.values())
             for name, a in answers.items():
                 self._note(name, a, step)
-            d["drops"] = dict(self.drops)
+            d["drops"] = self._all_drops()
             d["clicks"] = sum(int((a.clicks.labels >= 0).sum()) for a in answers.values())
             d["rounds"] = {name: list(a.done) for name, a in answers.items()}
-        d["solver"] = {name: dict(a.info) for name, a in answers.items() if a.info}
+        solver = {name: dict(a.info) for name, a in answers.items() if a.info}
+        d["solver"] = solver if quiet else _plain(solver)
         d["ms_generalist"] = 1e3 * seconds
         d["ms_rest"] = 1e3 * (time.perf_counter() - began - seconds)
         return made
@@ -565,21 +570,27 @@ class SemiSAMTerm:
             found[choice] = made
         return found
 
-    def _note(self, name: str, answers: Answers, step: int, *, count: bool = True) -> None:
+    def _note(self, name: str, answers: Answers, step: int) -> None:
         """Count and tell what was wrong with a source."""
-        d, budget = self.diagnostics, self.settings["budget"]
         why = _why_dropped(answers)
-        if count and why:
-            d["dropped"][name] = why
+        if why:
+            self.diagnostics["dropped"][name] = why
             self.drops[name] = self.drops.get(name, 0) + 1
+        self._tell_failed(name, answers, step)
+        self._note_slow(name, answers, f" at step {step}")
+
+    def _tell_failed(self, name: str, answers: Answers, step: int) -> None:
         for what, rows in answers.failed.items():
             self._tell(
                 (name, what.partition(",")[0]),
                 f"{rows} answers {what} at step {step}; a sample without an earlier answer is left out",
             )
-        if count and budget is not None and answers.seconds > budget:
-            d["slow"][name] = answers.seconds
-            self._tell((name, "slow"), f"took {answers.seconds:.3g} s at step {step}, budget {budget:g} s")
+
+    def _note_slow(self, name: str, answers: Answers, when: str) -> None:
+        budget = self.settings["budget"]
+        if budget is not None and answers.seconds > budget:
+            self.diagnostics["slow"][name] = answers.seconds
+            self._tell((name, "slow"), f"took {answers.seconds:.3g} s{when}, budget {budget:g} s")
 
     def _note_quietly(self, request: Request, answers: dict[str, Answers]) -> None:
         """What is to be counted and told, as tensors and as functions of them: for whoever reads it."""
@@ -589,6 +600,7 @@ class SemiSAMTerm:
         d["clicks"] = sum((a.clicks.labels >= 0).sum() for a in answers.values())
         d["rounds"] = {name: a.done for name, a in answers.items()}
         for name, a in answers.items():
+            self._note_slow(name, a, "" if ops.is_torch(step) else f" at step {step}")  # the host's own time
             if a.failed:
                 nothing = sum(a.failed.values()) > 0
                 counter = self._dropped.get(name)
@@ -598,19 +610,18 @@ class SemiSAMTerm:
 
         def failed_rows() -> int:
             for name, a in answers.items():
-                self._note(name, _read(a), int(step), count=False)
+                self._tell_failed(name, _read(a), int(step))
             return sum(n for a in answers.values() for n in _read(a).failed.values())
 
         def dropped() -> dict[str, str]:
             return {name: why for name, a in answers.items() if (why := _why_dropped(_read(a)))}
 
-        def drops() -> dict[str, int]:
-            return {
-                name: n + int(self._dropped.get(name, 0))
-                for name, n in ({**dict.fromkeys(self._dropped, 0), **self.drops}).items()
-            }
+        d["failed_rows"], d["dropped"], d["drops"] = failed_rows, dropped, self._all_drops
 
-        d["failed_rows"], d["dropped"], d["drops"] = failed_rows, dropped, drops
+    def _all_drops(self) -> dict[str, int]:
+        """Steps without a usable answer, by source; waits for those that were counted on a device."""
+        names = {**dict.fromkeys(self._dropped, 0), **self.drops}
+        return {name: n + int(self._dropped.get(name, 0)) for name, n in names.items()}
 
     def _tell(self, about: tuple[str, str], text: str) -> None:
         """Warn at the 1st, 10th, 100th, ... time."""
@@ -946,7 +957,7 @@ def _check_batch(who: str, names: tuple[str, str], images: Any, probs: Any) -> N
 
 def _step(who: str, step: Any, quiet: bool) -> Any:
     """The step as a number, or as a tensor that may stay one."""
-    if quiet and ops.is_torch(step):
+    if quiet and ops.is_torch(step) and ops.stays(step.device):
         return step
     if not 0 <= int(step) < 2**32:
         raise ValueError(f"{who}(): step: expected 0 or more, got {step}")

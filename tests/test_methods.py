@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from semisam import methods, schedules
+from semisam import methods, ops, schedules
 from semisam.engine.config import MethodConfig
 from semisam.losses import uncertainty_weighted_loss
-from semisam.methods.base import Batch, Method, random_key
+from semisam.methods import base as methods_base
+from semisam.methods.base import Batch, Method, PseudoLabel, random_key
 from semisam.specialists import UNet3d, VNet
 from semisam.term import SemiSAMTerm
 
@@ -471,3 +472,40 @@ def test_labels_from_before_take_the_place_of_the_dialogue(name):
     silent = pseudo._replace(weight=torch.zeros(2, *space))
     assert method.losses(replace(batch, pseudo=silent), 5)["semisam"].item() == 0
     assert term.diagnostics["skipped"] == 2
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("offline", [False, True])
+def test_the_term_that_nobody_waits_for_in_every_method(name, offline, monkeypatch):
+    """As on a GPU: its diagnostics are no dictionary there, and get seconds and memory all the same."""
+    found = []
+    for stays in (False, True):
+        monkeypatch.setattr(ops, "stays", lambda device, stays=stays: stays)
+        term = SemiSAMTerm("random-walker", total_steps=TOTAL, sample_gate=0.0)
+        method = build(f"semisam-{name}", network(dropout=False), term=term)
+        batch = batch_of()
+        if offline:
+            given = torch.rand(2, 2, 8, 8, 8, generator=torch.Generator().manual_seed(1)).softmax(1)
+            batch = replace(batch, pseudo=PseudoLabel(given, given[:, 0], given[:, 1]))
+        value = method.losses(batch, 8)["semisam"]
+        assert term.diagnostics["asynchronous"] is stays
+        assert term.diagnostics["s"] > 0
+        assert "mb" in term.diagnostics
+        found.append(value.item())
+    assert found[0] > 0
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
+
+
+def test_generalists_get_the_images_where_they_are(monkeypatch):
+    """On a device without kernels of the core's, all but the generalist is computed on the CPU."""
+    monkeypatch.setattr(methods_base, "on_core", lambda tensor: tensor + 0)  # a copy, as of another device
+    seen = []
+
+    def mine(images, prompts):
+        seen.append(images.data_ptr())
+        return 8 * (images - 0.5)
+
+    method = build("semisam-mean-teacher", network(), term=SemiSAMTerm(mine, total_steps=TOTAL))
+    batch = batch_of()
+    method.losses(batch, 8)
+    assert set(seen) == {batch.image[2:].data_ptr()}

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from watched import Waited, watched
 
 from semisam import fusion, ops, prompts, random_walk
@@ -406,7 +407,8 @@ def test_nobody_has_anything_to_say(monkeypatch):
 
 def test_failures_are_told_when_they_are_read_and_counted_without_it(monkeypatch):
     images, truth, prob = scene()
-    term = SemiSAMTerm(Remote(truth, fail=spoil("nan", 0, None)), total_steps=TOTAL, mode="mask")
+    bad = Remote(truth, fail=spoil("nan", 0, None))
+    term = SemiSAMTerm(bad, total_steps=TOTAL, mode="mask", sam_every=2)
     with watched(monkeypatch), warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
@@ -415,6 +417,48 @@ def test_failures_are_told_when_they_are_read_and_counted_without_it(monkeypatch
         assert term.diagnostics["failed_rows"] == 2
     assert term.diagnostics["dropped"] == {"remote": "are not finite"}
     assert term.diagnostics["drops"] == {"remote": 3}
+    with watched(monkeypatch):
+        term(images, prob.log(), prob, step=STEP + 1)  # nobody is asked
+    assert term.diagnostics["drops"] == {"remote": 3}
+    with watched(monkeypatch):
+        term.from_labels(images, prob.log(), prob, prob[:, 0], step=STEP)
+    assert term.diagnostics["drops"] == {"remote": 3}
+    term(images, prob.log(), prob, step=STEP)  # on the CPU
+    assert term.diagnostics["drops"] == {"remote": 4}
+
+
+def test_a_step_of_the_cpu_is_a_number(monkeypatch):
+    """A tensor of the host's, which may be looked at: it is none of those that a graph may change."""
+    monkeypatch.setattr(ops, "lacks", lambda device, wanted: [])
+    monkeypatch.setattr(ops, "stays", lambda device: device.type == "meta")
+    gpu = torch.device("meta")
+    images, truth = torch.rand(2, 1, 9, 8, 7, device=gpu), torch.ones(2, 1, 9, 8, 7, device=gpu) > 0
+    prob = torch.rand(2, 2, 9, 8, 7, device=gpu).softmax(1)
+    term = SemiSAMTerm(Remote(truth), total_steps=TOTAL, mode="mask")
+    value = term(images, prob.log(), prob, step=torch.tensor(STEP))
+    assert value.device == gpu
+    assert isinstance(term.diagnostics._values["weight"], float)
+
+
+def test_numbers_of_a_solver_are_plain_where_the_host_waits():
+    images, truth, prob = scene()
+
+    class Counting(Remote):
+        def decode(self, state, prompts, active=None):
+            return super().decode(state, prompts, active)._replace(info={"calls": torch.tensor(2)})
+
+    term = SemiSAMTerm(Counting(truth), total_steps=TOTAL, mode="mask")
+    term(images, prob.log(), prob, step=STEP)
+    assert term.diagnostics["solver"] == {"remote": {"calls": 2}}
+    assert isinstance(term.diagnostics["solver"]["remote"]["calls"], int)
+
+
+def test_a_slow_generalist_is_told_of_without_a_wait(monkeypatch):
+    images, truth, prob = scene()
+    term = SemiSAMTerm(Remote(truth), total_steps=TOTAL, budget=1e-9)
+    with watched(monkeypatch), pytest.warns(RuntimeWarning, match=r"remote: took .* s at step 500, budget"):
+        term(images, prob.log(), prob, step=STEP)
+    assert term.diagnostics["slow"]["remote"] > 0
 
 
 def test_no_teacher_and_logits_that_are_not_finite(monkeypatch):
@@ -643,6 +687,24 @@ def test_seeds_of_the_random_walker_are_the_same(monkeypatch, rng):
         ):
             assert torch.equal(ours[0], theirs[0])
             torch.testing.assert_close(ours[1], theirs[1], atol=3e-5, rtol=0)
+
+
+class _Deterministic(TorchDispatchMode):
+    """Refuses what torch.use_deterministic_algorithms refuses of tensors on a GPU, as far as we might use it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        refused = ("kthvalue", "median", "nanmedian", "histc", "bincount", "cumsum", "put_")
+        assert func.__name__.split(".")[0] not in refused
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["point", "mixed"])
+def test_generalists_may_be_asked_in_deterministic_trainings(sam, mode, monkeypatch):
+    images, _, prob = scene()
+    term = SemiSAMTerm([sam, "random-walker"], total_steps=TOTAL, mode=mode, clicks=2, sample_gate=0.0)
+    with watched(monkeypatch), _Deterministic():
+        term(images, prob.clamp_min(1e-6).log(), prob, step=STEP)
+    assert term.diagnostics["loss"] > 0
 
 
 def test_a_function_that_promises_it(monkeypatch):

@@ -11,8 +11,10 @@ import signal
 import socket
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing import active_children
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -32,6 +34,7 @@ from semisam.engine.progress import progress
 from semisam.engine.published import LeakedLabels
 from semisam.engine.sampling import PatchSource
 from semisam.engine.stepper import Stepper, fabric_for, memory_format_of
+from semisam.methods.base import Batch
 from semisam.term import SemiSAMTerm
 
 TINY = {
@@ -1069,3 +1072,26 @@ def test_progress_off_a_terminal(capsys):
     assert capsys.readouterr().err == ""
     list(progress([], label="cases"))
     assert "0/0" in capsys.readouterr().err
+
+
+def test_generalists_are_scored_where_they_teach():
+    """Labeled patches go to the device: a generalist's network would follow them to the CPU and back."""
+    gpu, seen = torch.device("meta"), {}
+
+    def score(images, probs, labels, spacing):
+        seen.update(images=images.device, probs=probs.device)
+        return {}
+
+    training = SimpleNamespace(
+        first=True,
+        config=config.Config(),
+        done=100,
+        fabric=SimpleNamespace(device=gpu, autocast=nullcontext),
+        method=SimpleNamespace(prompt_probabilities=lambda images: images.softmax(1)),
+        term=SimpleNamespace(score=score),
+        _log_gate=lambda found: None,
+        _share_term=lambda: None,
+    )
+    batch = Batch(torch.rand(2, 1, 8, 8, 8), torch.ones(1, 8, 8, 8, dtype=torch.uint8), (0, 1))
+    trainer._Training._score_generalists(training, batch)
+    assert seen == {"images": gpu, "probs": gpu}

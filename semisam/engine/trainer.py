@@ -557,9 +557,9 @@ class _Training:
             random = np.random.default_rng([self.config.train.seed, self.done])
             labeled = batch.image[: batch.labeled].numpy()
             copies = [gate.disturbed(image, None, random, rotate=False)[0] for image in labeled]
-            images = torch.from_numpy(np.stack(copies))
+            images = torch.from_numpy(np.stack(copies)).to(self.fabric.device)  # generalists follow them
             with self.fabric.autocast():
-                probs = self.method.prompt_probabilities(images.to(self.fabric.device)).cpu()
+                probs = self.method.prompt_probabilities(images)
             self._log_gate(self.term.score(images, probs, batch.label, batch.spacing))
         self._share_term()
 

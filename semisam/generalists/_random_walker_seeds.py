@@ -39,12 +39,11 @@ def grey_of(image: Any) -> Grey:
     """Return the bins of images [B, *S] between their outer 0.5 %."""
     rows = image.flatten(1)
     last = rows.shape[1] - 1
+    ordered = rows.sort(1).values  # kthvalue is refused on a GPU where torch is to be deterministic
     ends = []
     for share in (0.005, 0.995):
         at = share * last
-        below, above = (
-            rows.kthvalue(1 + min(last, math.floor(at) + i), 1, keepdim=True).values.double() for i in (0, 1)
-        )
+        below, above = (ordered[:, min(last, math.floor(at) + i), None].double() for i in (0, 1))
         ends.append(below + (above - below) * (at - math.floor(at)))
     low, high = ends
     varied = high > low

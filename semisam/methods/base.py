@@ -183,7 +183,8 @@ class Method:
             return {}
         with cost_of(batch.image.device) as cost:
             value = self._taught(batch, logits[batch.labeled :], source, step)
-        self.term.diagnostics |= {"s": cost.seconds, "mb": cost.mib}
+        for name, number in (("s", cost.seconds), ("mb", cost.mib)):
+            self.term.diagnostics[name] = number  # no dictionary, where nobody has waited for its numbers
         if ranks() > 1:  # it is a mean over the samples that have something to teach
             found = self.term.diagnostics
             kept = torch.tensor(float(len(found["weight_share"]) - found["skipped"]))
@@ -193,15 +194,14 @@ class Method:
 
     def _taught(self, batch: Batch, logits: Tensor, source: Tensor | None, step: int) -> Tensor:
         """The term's value: from answers to these patches, or from labels of whole scans."""
-        images = batch.image[batch.labeled :]
-        shown = on_core(images)
+        images = batch.image[batch.labeled :]  # where the generalists run, wherever the core's operators do
         if batch.pseudo is not None:
             target, weight, doubt = batch.pseudo
-            made = self.term.from_labels(shown, logits, target, weight, step=step, uncertainty=doubt)
+            made = self.term.from_labels(images, logits, target, weight, step=step, uncertainty=doubt)
         else:
             probs = on_core(self.prompt_probabilities(images) if source is None else source)
             ids = list(batch.ids[batch.labeled :])
-            made = self.term(shown, logits, probs, step=step, sample_ids=ids, spacing=batch.spacing)
+            made = self.term(images, logits, probs, step=step, sample_ids=ids, spacing=batch.spacing)
         value: Tensor = made
         return value
 
