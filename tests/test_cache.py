@@ -207,6 +207,25 @@ def test_what_makes_an_image_another_one():
     assert cache.hits == 2
 
 
+def test_another_version_encodes_anew(tmp_path, monkeypatch):
+    """What an earlier one left in files may have been made in another way."""
+    stub, image = Stub(), torch.zeros(1, 1, 4, 6)
+    EncoderCache(tmp_path).encode(stub, image)
+    monkeypatch.setattr(caching.info, "version", "99.0", raising=True)
+    later = EncoderCache(tmp_path)
+    later.encode(stub, image)
+    assert (later.hits, later.misses) == (0, 1)
+
+
+@pytest.mark.parametrize(("name", "package"), [("sam", "transformers"), ("vista3d", "monai")])
+def test_the_package_behind_a_generalist_is_part_of_its_fingerprint(name, package, monkeypatch):
+    model = GENERALISTS[name][0]()
+    before = model.fingerprint()
+    assert model.fingerprint() == before
+    monkeypatch.setattr(f"{package}.__version__", "99.0")
+    assert model.fingerprint() != before
+
+
 def test_weights_and_settings_are_part_of_a_fingerprint():
     made = network()
     first = SamMed3D(network=made)

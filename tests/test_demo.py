@@ -91,7 +91,15 @@ def test_demo_on_a_folder(tmp_path, data, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
 
 
-def test_ctrl_c_and_resume_with_workers(tmp_path, data):
+@pytest.fixture
+def sigint_arrives():
+    """Shells start what runs in the background with SIGINT ignored, and processes hand that on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_and_resume_with_workers(tmp_path, data, sigint_arrives):
     """Workers save and leave on Ctrl-C, and nothing goes on behind it; --resume ends what was begun."""
     words = ["demo", "--data", str(data), "--draws", "1", "--jobs", "2", *TINY, "--set", "train.steps=40"]
     command = [sys.executable, "-m", "semisam", *words]

@@ -690,7 +690,7 @@ def test_seeds_of_the_random_walker_are_the_same(monkeypatch, rng):
 
 
 class _Deterministic(TorchDispatchMode):
-    """Refuses what torch.use_deterministic_algorithms refuses on a GPU, as far as we might use it."""
+    """Refuses what deterministic torch refuses of tensors on a GPU, as far as we might use it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         refused = ("kthvalue", "median", "nanmedian", "histc", "bincount", "cumsum", "put_")

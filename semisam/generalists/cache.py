@@ -2,8 +2,8 @@
 """A cache of what generalists make of images, so that an image that comes again is encoded once.
 
 An entry belongs to the bytes, dtype, shape and spacing of one image, the generalist's weights and settings
-(`fingerprint`), torch's version and the device. What was done to an image before it is encoded, such as
-augmentation, is in its bytes: another crop or another draw of it is another image.
+(`fingerprint`), the versions of semisam and torch, and the device. What was done to an image before it is
+encoded, such as augmentation, is in its bytes: another crop or another draw of it is another image.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from semisam import ops
+from semisam._backend import info
 
 __all__ = ["EncoderCache", "WeightsHash", "can_be_cached"]
 
@@ -174,6 +175,7 @@ class EncoderCache:
         device = images.device
         about = {
             "format": 1,
+            "semisam": info.version,  # a generalist may come to prepare images in another way
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "generalist": generalist.fingerprint(),

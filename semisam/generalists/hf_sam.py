@@ -242,7 +242,8 @@ class Sam:
             self.normalisation,
         )
         config = self.model.config.to_json_string()
-        return f"{type(self).__qualname__} {self._hash.of(self.model)} {about} {config}"
+        version = importlib.import_module("transformers").__version__
+        return f"{type(self).__qualname__} {self._hash.of(self.model)} {about} {config} {version}"
 
     def pack(self, state: SquareState) -> list[tuple[Tensor, ...]]:
         """Return the feature maps of each image."""

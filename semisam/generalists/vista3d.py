@@ -201,7 +201,8 @@ class Vista3D:
     def fingerprint(self) -> str:
         """Return what `encode` depends on besides the images, as text."""
         about = (self.window, self.resample_mm, self.precision, self.factor)
-        return f"Vista3D {self._hash.of(self.network)} {about}"
+        version = importlib.import_module("monai").__version__
+        return f"Vista3D {self._hash.of(self.network)} {about} {version}"
 
     def pack(self, state: FeatureState) -> list[tuple[Tensor, ...]]:
         """Return the features of each image."""
