@@ -606,7 +606,7 @@ def test_bytes_of_live_tensors_are_counted():
     small = {"side": 16, "classes": 1, "precision": "float32", "architecture": Architecture.small()}
     found = [
         term_memory(batch=b, clicks=k, generalists=g, **small)
-        for b, k, g in ((1, 2, 1), (1, 4, 1), (2, 4, 2))
+        for b, k, g in ((1, 2, 1), (1, 10, 1), (2, 10, 2))
     ]
     images_prob_logits = 5 * 16**3 * 4 / 2**20
     weights = sum(t.nbytes for t in (*network().parameters(), *network().buffers())) / 2**20
