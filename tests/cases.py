@@ -207,6 +207,9 @@ _VOXEL_LOSSES: dict[str, Inputs] = {
         (2, 5, 9, 10, 15), 0, *((k, t, 0, {}) for k, t in (("ce", 0), ("dice", 1), ("mse", 1), ("kl", 1)))
     ),
     "sigmoid": _voxel_loss((2, 1, 31, 43), 1, ("ce", 0, 0, {}), ("dice", 0, -1, {}), ("mse", 0, -1, {})),
+    "sigmoid_weighted": _voxel_loss(  # binary cross entropy knows neither class weights nor smoothing
+        (2, 3, 31, 43), 1, ("ce", 1, 0, {"class_weight": [1, 0, 2], "label_smoothing": 0.1})
+    ),
     "sigmoid_soft": _voxel_loss((2, 3, 31, 43), 1, ("ce", 1, 0, {}), ("dice", 1, 0, {})),
     "probability": _voxel_loss((2, 3, 31, 43), 2, ("dice", 0, -1, {}), ("mse", 1, 0, {})),
 }

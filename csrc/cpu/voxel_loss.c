@@ -97,7 +97,8 @@ static ss_status read_term(ss_exec *x, vl_plan *p, int64_t i, const double *f, i
     t->first = (int64_t)f[3];
     t->last = (int64_t)f[4];
     int64_t ignore = f[5] != 0.0 && whole(f[6], -0x1p53, 0x1p53) ? (int64_t)f[6] : INT64_MIN;
-    t->smoothing = t->kind == VL_CE ? f[7] : 0.0;
+    /* Binary cross entropy knows neither smoothing nor class weights, as the reference. */
+    t->smoothing = t->kind == VL_CE && p->activation == VL_SOFTMAX ? f[7] : 0.0;
     t->include_background = f[8] != 0.0;
     t->squared = f[9] != 0.0;
     t->batch = f[10] != 0.0;

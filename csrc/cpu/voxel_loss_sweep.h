@@ -359,9 +359,11 @@ static void term_backward(vl_block *k, const vl_term *t, const double *by) {
         case VL_KL:
             add_direct(k, c, (REAL)u, (REAL)0, m, q);
             break;
-        default:
-            add_direct(k, c, (REAL)(u * t->a[c] * (1.0 - t->smoothing)),
-                       (REAL)(u * t->a[c] * t->smoothing / (double)C), m, q);
+        default: {
+            double a = k->plan->activation == VL_SIGMOID ? u : u * t->a[c];
+            add_direct(k, c, (REAL)(a * (1.0 - t->smoothing)), (REAL)(a * t->smoothing / (double)C),
+                       m, q);
+        }
         }
     }
 }

@@ -224,7 +224,8 @@ static ss_status read_term(ss_exec *x, plan *p, int32_t i, const double *f, int6
     t->kind = r->kind = (int8_t)f[0];
     t->first = r->first = (int64_t)f[3];
     t->last = r->last = (int64_t)f[4];
-    t->smoothing = r->smoothing = t->kind == VL_CE ? f[7] : 0.0;
+    const bool smooth = t->kind == VL_CE && p->job.activation == VL_SOFTMAX;
+    t->smoothing = r->smoothing = smooth ? f[7] : 0.0;
     r->include_background = f[8] != 0.0;
     t->squared = r->squared = f[9] != 0.0;
     r->batch = f[10] != 0.0;
