@@ -341,6 +341,19 @@ class SemiSAMTerm:
         found = s["lam_sam"] * weight * schedules.warmup(step, s["total_steps"], s["warmup"])
         return found if ops.is_torch(step) else float(found)
 
+    def due(self, step: Any) -> bool:
+        """Tell whether step `step` has a term; in others a call gives 0 and looks at nothing.
+
+        What a loop computes for `teacher_probs` alone need not be computed then. Of a step that is a tensor
+        the host does not know it: True.
+
+        >>> from semisam.term import SemiSAMTerm
+        >>> term = SemiSAMTerm(total_steps=100, sam_every=5, warmup=0.0)
+        >>> term.due(10), term.due(11)
+        (True, False)
+        """
+        return ops.is_torch(step) or (self.factor(step) != 0 and step % self.settings["sam_every"] == 0)
+
     def __call__(
         self,
         images_u: Any,
@@ -375,10 +388,10 @@ class SemiSAMTerm:
         ids = _ids("SemiSAMTerm", sample_ids, len(logits_u), home if quiet else None)
         self.last = None
         self.diagnostics = _blank(self.gate, self.drops)
-        self.diagnostics["weight"] = factor = self.factor(step)
+        self.diagnostics["weight"] = self.factor(step)
         if self.settings["lam_sam"] == 0:
             return torch.zeros((), device=logits_u.device)
-        if not self._due(step, factor) or not len(logits_u):
+        if not self.due(step) or not len(logits_u):
             if self._dropped:
                 self.diagnostics = Diagnostics(self.diagnostics | {"drops": self._all_drops})
             return _nothing(logits_u)
@@ -410,10 +423,6 @@ class SemiSAMTerm:
             return (value * factor).to(logits.device)
         on = (step % self.settings["sam_every"] == 0) & (factor != 0)
         return torch.where(on, value * factor.to(value.dtype), 0.0)
-
-    def _due(self, step: Any, factor: Any) -> bool:
-        """Tell whether the host knows that this step has a term; one whose number it does not know may."""
-        return ops.is_torch(step) or (factor != 0 and step % self.settings["sam_every"] == 0)
 
     # ---- without a look at a value
 
@@ -490,11 +499,11 @@ class SemiSAMTerm:
         if quiet:
             d["drops"] = self._all_drops
         self.diagnostics = Diagnostics(d) if quiet else d
-        d["weight"] = factor = self.factor(step)
+        d["weight"] = self.factor(step)
         d["asynchronous"] = quiet
         if self.settings["lam_sam"] == 0:
             return torch.zeros((), device=logits_u.device)
-        if not self._due(step, factor) or not len(logits_u):
+        if not self.due(step) or not len(logits_u):
             return _nothing(logits_u)
         target, weight = target.to(home), weight.to(home)
         share = weight.flatten(1).mean(1, dtype=torch.float64)

@@ -379,6 +379,9 @@ class Probe:
         self.calls = []
         self.diagnostics = {"weight_share": [1.0], "skipped": 0}
 
+    def due(self, step):
+        return True
+
     def __call__(self, images_u, logits_u, teacher_probs, *, step, sample_ids, spacing):
         self.calls.append((images_u, logits_u, teacher_probs, step, sample_ids, spacing))
         return logits_u.square().mean()
@@ -472,6 +475,19 @@ def test_labels_from_before_take_the_place_of_the_dialogue(name):
     silent = pseudo._replace(weight=torch.zeros(2, *space))
     assert method.losses(replace(batch, pseudo=silent), 5)["semisam"].item() == 0
     assert term.diagnostics["skipped"] == 2
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_no_pass_for_prompts_that_nobody_is_asked_with(name, monkeypatch):
+    """In steps that `sam_every` leaves out, the network behind the prompts does not run."""
+    method = build(
+        f"semisam-{name}", network(), term=SemiSAMTerm("random-walker", total_steps=10, sam_every=3)
+    )
+    passes, whole = [], method.prompt_probabilities
+    monkeypatch.setattr(method, "prompt_probabilities", lambda x: passes.append(step) or whole(x))
+    for step in range(1, 7):
+        method.losses(batch_of(), step)
+    assert passes == ([] if name == "ua-mt" else [3, 6])  # UA-MT has the mean of its own passes
 
 
 @pytest.mark.parametrize("name", BASES)

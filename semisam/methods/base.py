@@ -199,7 +199,9 @@ class Method:
             target, weight, doubt = batch.pseudo
             made = self.term.from_labels(images, logits, target, weight, step=step, uncertainty=doubt)
         else:
-            probs = on_core(self.prompt_probabilities(images) if source is None else source)
+            if source is None and self.term.due(step):
+                source = self.prompt_probabilities(images)
+            probs = None if source is None else on_core(source)
             ids = list(batch.ids[batch.labeled :])
             made = self.term(images, logits, probs, step=step, sample_ids=ids, spacing=batch.spacing)
         value: Tensor = made
