@@ -34,6 +34,16 @@ def test_readme_examples():
     assert result.failed == 0
 
 
+def test_the_example_of_the_term_stands_alone():
+    """Whoever wants the loss for a loop of their own copies this one block."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = (b for b in blocks if ">>> from semisam import SemiSAMTerm" in b)
+    test = doctest.DocTestParser().get_doctest(block, {}, "the term", "README.md", 0)
+    found = doctest.DocTestRunner(optionflags=OPTIONS).run(test)
+    assert found.attempted > 8
+    assert found.failed == 0
+
+
 # Commands show themselves by --help; their tests run them.
 @pytest.mark.parametrize(
     "name", [m for m in MODULES if not re.search(r"\b_|^commands\b|^(reference|cli)$", m)]
