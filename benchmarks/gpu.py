@@ -39,7 +39,7 @@ import cases
 
 import semisam
 from benchmarks import peers
-from benchmarks.run import machine, write_json
+from benchmarks.run import build, machine, write_json
 from semisam import _core, fusion, losses, masks, metrics, ops, prompts
 from semisam.specialists import VNet
 
@@ -1009,7 +1009,7 @@ def describe(bench: Bench) -> dict[str, Any]:
             "multiprocessors": p.multi_processor_count,
             "L2": p.L2_cache_size,
         }
-    return found | {"info": {k: v for k, v in semisam.info().items() if k not in ("operators", "platform")}}
+    return found | {"info": build()}
 
 
 def measure(row: Row | Alternatives | Growth, bench: Bench) -> dict[str, Any]:

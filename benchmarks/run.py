@@ -126,6 +126,12 @@ def print_row(row: dict) -> None:
         print(" " * 46 + f"not measured: {name}: {why}")
 
 
+def build() -> dict[str, object]:
+    """What `semisam.info` says of the build, without folders of this machine."""
+    private = ("operators", "platform", "semisam_data", "semisam_home")
+    return {key: value for key, value in semisam.info().items() if key not in private}
+
+
 def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
@@ -150,8 +156,7 @@ def main() -> None:
     options = parser.parse_args()
     bandwidth = {t: copy_bandwidth(t) for t in options.t}
     print("copy bandwidth: " + ", ".join(f"{t}T {b / 1e9:.1f} GB/s" for t, b in bandwidth.items()))
-    info = {k: v for k, v in semisam.info().items() if k not in ("operators", "platform")}
-    result = {"machine": machine(), "bandwidth": bandwidth, "imports": {}, "info": info, "rows": []}
+    result = {"machine": machine(), "bandwidth": bandwidth, "imports": {}, "info": build(), "rows": []}
     if not options.k:
         result["imports"] = import_milliseconds()
         print(*(f"{what}: {value:.1f}" for what, value in result["imports"].items()))

@@ -193,7 +193,10 @@ def test_no_names_that_say_nothing():
             assert not any(empty.match(word) for word in re.split(r"[_\W]", part)), name(path)
 
 
-@by_name(tree(".py", ".pyi", ".c", ".h", ".def", ".md", ".toml", "Makefile", ".mk", ".txt", ".sh"))
+@by_name(
+    tree(".py", ".pyi", ".c", ".h", ".cu", ".cuh", ".def", ".md", ".toml", "Makefile", ".mk", ".txt", ".sh")
+    + tree(".json", ".yaml", ".j2", ".ipynb", ".tsv")
+)
 def test_text_speaks_of_the_project_alone(path):
     text = path.read_text()
     for word in (r"/" + r"work/", r"/" + r"tmp/wt", r"/" + r"root/", r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b"):
