@@ -126,36 +126,28 @@ def fuse(
         raise ValueError(
             "fuse(): tau_u: expected a threshold in 0..1 for weight='gate' (0.5 is usual), got None"
         )
+    options: dict[str, Any] = {
+        "unc": unc,
+        "weight": weight,
+        "kappa": kappa,
+        "tau_c": 0.0 if tau_c is None else tau_c,
+        "tau_u": 1.0 if tau_u is None else tau_u,
+        "ignore_index": ignore_index,
+        "logits": logits,
+        "two_channels": two_channels,
+    }
     table = _table(weights, uncertainty_weights, maps)
     if table is not None:
         from semisam import _fusing  # noqa: PLC0415  (in torch, which this caller has)
 
-        made = _fusing.fused(
-            maps,
-            *table,
-            unc=unc,
-            weight=weight,
-            kappa=kappa,
-            tau_c=0.0 if tau_c is None else tau_c,
-            tau_u=1.0 if tau_u is None else tau_u,
-            ignore_index=ignore_index,
-            logits=logits,
-            two_channels=two_channels,
-        )
+        made = _fusing.fused(maps, *table, **options)
         return Fused(*(one if name in want else None for name, one in zip(_WANT, made, strict=True)))
     outputs = _run(
         maps,
         _weights("weights", weights, maps),
         None if uncertainty_weights is None else _weights("uncertainty_weights", uncertainty_weights, maps),
-        unc=unc,
-        weight=weight,
-        kappa=kappa,
-        tau_c=0.0 if tau_c is None else tau_c,
-        tau_u=1.0 if tau_u is None else tau_u,
-        ignore_index=ignore_index,
-        logits=logits,
-        two_channels=two_channels,
         want=want,
+        **options,
     )
     return Fused(*outputs)
 

@@ -56,7 +56,7 @@ TERM_COLUMNS = {
     "term_failed_rows": "answers that said nothing",
     "term_ms_generalist": "milliseconds of the generalists",
     "term_ms_rest": "milliseconds of the rest of the term",
-    "term_s": "seconds of the term in all",
+    "term_s": "seconds of the term, the pass for its prompts too",
     "term_mb": "memory that the term adds, in MiB",
     "term_cache_hits": "images that were known to the generalists",
     "term_cache_misses": "images that were new to the generalists",
