@@ -416,6 +416,15 @@ def test_stages_in_two_processes(data, sure, tmp_path):
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-3, abs=1e-6)
 
 
+def test_a_round_that_says_nothing_is_told_of(data, sure, tmp_path, capsys, monkeypatch):
+    """As where the first stage was too short for prompts: it must not look like a method's result."""
+    monkeypatch.setattr("semisam.term.SemiSAMTerm.teach", lambda *_, **__: None)
+    trainer.train(made(data, sure, train__steps=6), tmp_path / "r")
+    told = "".join(capsys.readouterr())
+    assert "step 4: 4 unlabeled scans labeled as wholes, 4 of them without a label, mean weight 0.000" in told
+    assert "teaches nothing beyond mean-teacher" in told
+
+
 def test_pictures_are_written(whole):
     with np.load(sorted((whole / "samples").glob("*.npz"))[-1]) as file:
         assert file["clicks"].shape == (0, 4)

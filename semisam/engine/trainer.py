@@ -320,10 +320,19 @@ class _Training:
         if self.first:
             rows = offline.write_table(self.source, place)
             share = sum(row["weight"] for row in rows) / len(rows)
+            silent = sum(row["weight"] == 0 for row in rows)
+            without = f", {silent} of them without a label" if silent else ""
             cached = f", {cache.hits - known} images known before" if cache is not None else ""
             say(
-                f"step {step}: {len(rows)} unlabeled scans labeled as wholes, mean weight {share:.3f}{cached}"
+                f"step {step}: {len(rows)} unlabeled scans labeled as wholes{without}, mean weight "
+                f"{share:.3f}{cached}"
             )
+            if silent == len(rows):
+                base = self.config.method.name.removeprefix("semisam-")
+                say(
+                    f"WARNING: no scan has a label, so that this round teaches nothing beyond {base}: most "
+                    "often the network that was asked had been trained too little"
+                )
         self.fabric.barrier()
 
     def _position_prior(self) -> Any:
