@@ -214,7 +214,7 @@ static void free_module(void *module) {
 
 static PyModuleDef_Slot slots[] = {
     {Py_mod_exec, exec_module},
-#if PY_VERSION_HEX >= 0x030C0000
+#ifdef Py_mod_multiple_interpreters
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* as NumPy */
 #endif
 #if PY_VERSION_HEX >= 0x030D0000
