@@ -37,6 +37,15 @@ def small():
     return monai.VISTA3D(image_encoder=encoder, class_head=classes, point_head=points)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small operators: threads that wait for each other would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def network():
     return small()
