@@ -11,6 +11,10 @@ after training ("prior_at_inference"); "prior" is that alone.
 
 With `--stages` all have 1000 steps, there is no prior, and SemiSAM-MT's steps are divided: 500 train a mean
 teacher, the generalist labels the unlabeled scans prompted by it, and 500 train a new network from that.
+What a new network gains without any generalist is a control there: "self_training" learns from that mean
+teacher's own labels, "self_training_component" from their largest components, all else being equal.
+
+`--methods` adds baselines (ua-mt, dan), `--first-draw` takes other draws of the labeled scans.
 """
 
 from __future__ import annotations
@@ -29,11 +33,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from semisam import metrics
+from semisam import masks, metrics
 from semisam.engine import cases, config, demo, gate, inference, record, report, results
 from semisam.engine.files import write_text
 from semisam.engine.position import PositionPrior
 from semisam.engine.preprocess import Preprocessing
+from semisam.generalists.protocol import Decoded, GeneralistSpec
+from semisam.prompts import PromptBatch
 
 SETTINGS: dict[str, Any] = {
     "data.unlabeled": 40,
@@ -113,21 +119,64 @@ def control(folder: Path) -> dict[str, float]:
     return {name: round(float(np.mean(values)), 4) for name, values in found.items()}
 
 
-def in_stages(task: demo.Task) -> list[demo.Task]:
-    """A run with the term as two of half its length: a mean teacher, and who learns from its labels."""
+class Itself:
+    """A generalist that answers with its mask prompt: who is asked teaches what it said."""
+
+    def __init__(self, largest_component: bool = False) -> None:
+        self.largest_component = largest_component
+        self.spec = GeneralistSpec("itself", (2, 3), frozenset({"mask"}), default_mode="mask")
+
+    def encode(self, images: Any, *, spacing: Any = None) -> None:
+        """Nothing is to be known of the images."""
+
+    def decode(self, state: None, prompts: PromptBatch, active: Any = None) -> Decoded:
+        """The logits of the mask prompt, those outside the largest component at -10."""
+        logits = prompts.mask_logits
+        if self.largest_component:
+            mask = logits >= 0
+            kept = masks.largest_component(mask, spatial_dims=logits.ndim - 2)
+            logits = torch.where(mask & ~kept.bool(), -10.0, logits)
+        return Decoded(logits, logits)
+
+
+CONTROLS = {"self_training": False, "self_training_component": True}
+
+
+def chain(task: demo.Task, stages: bool) -> list[demo.Task]:
+    """One run; in stages, one with the term is a mean teacher of half its length and who learns from it."""
     made = task.config
-    if not made.method.name.startswith("semisam-"):
+    if not stages or not made.method.name.startswith("semisam-"):
         return [task]
     half = made.train.steps // 2
-    place = task.folder.parents[1] / "first" / f"draw{made.data.draw}"
+    out, name = task.folder.parents[1], f"draw{made.data.draw}"
     base = made.method.name.removeprefix("semisam-")
-    first = replace(made, method=replace(made.method, name=base), train=replace(made.train, steps=half))
-    second = replace(
+    first = replace(
         made,
-        term=replace(made.term, offline_from=str(place)),
-        train=replace(made.train, steps=made.train.steps - half),
+        method=replace(made.method, name=base),
+        train=replace(made.train, steps=half),
     )
-    return [replace(task, config=first, folder=place), replace(task, config=second)]
+    term = replace(made.term, offline_from=str(out / "first" / name))
+    second = replace(made, term=term, train=replace(made.train, steps=made.train.steps - half))
+    controls = [
+        replace(
+            second,
+            term=replace(
+                term,
+                gate=False,
+                generalists=["benchmarks.evidence.Itself"],
+                generalist_options={"benchmarks.evidence.Itself": {"largest_component": component}},
+            ),
+        )
+        for component in CONTROLS.values()
+    ]
+    return [
+        replace(task, config=first, folder=out / "first" / name),
+        replace(task, config=second),
+        *(
+            replace(task, config=made, folder=out / control / name)
+            for control, made in zip(CONTROLS, controls, strict=True)
+        ),
+    ]
 
 
 def run_all(tasks: list[demo.Task]) -> None:
@@ -138,36 +187,34 @@ def run_all(tasks: list[demo.Task]) -> None:
             demo.run(task)
 
 
-def compared(
-    data: Path, out: Path, draws: int, settings: list[tuple[str, Any]], stages: bool
-) -> results.Comparison:
+def compared(tasks: list[demo.Task], out: Path, title: str, stages: bool) -> results.Comparison:
     """Train what is missing of all runs, write the report, and return the comparison."""
-    command = ("python", "-m", "benchmarks.evidence")
-    if not stages:
-        return demo.demo(out, data, draws=draws, pairs=settings, resume=True, command=command)
-    made, _ = demo.configure_for(data, out, settings)
-    chains = [in_stages(task) for task in demo.tasks_of(made, out, draws, command=command)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        for _ in pool.map(run_all, chains):
+        for _ in pool.map(run_all, [chain(task, stages) for task in tasks]):
             pass
-    report.report([out / "runs"], out / "report.html", title=f"SemiSAM in two stages on {data.name}")
+    report.report([out / "runs"], out / "report.html", title=title)
     return results.compare(results.find_runs([out / "runs"]))
 
 
-def study(
-    data: Path, labeled: int, out: Path, draws: int, pairs: list[tuple[str, Any]], stages: bool
-) -> dict[str, Any]:
-    """Train what is missing of one study in `out`; return its table."""
+def study(options: argparse.Namespace, labeled: int) -> dict[str, Any]:
+    """Train what is missing of one study; return its table."""
     began = time.monotonic()
+    out, stages = options.out / f"labeled{labeled}", options.stages
+    pairs = [config.parse_setting(text) for text in options.set]
     settings = [*(STAGES if stages else SETTINGS).items(), ("data.labeled", labeled), *pairs]
-    found = compared(data, out, draws, settings, stages)
+    made, _ = demo.configure_for(options.data, out, settings)
+    draws = range(options.first_draw, options.first_draw + options.draws)
+    command = ("python", "-m", "benchmarks.evidence")
+    tasks = demo.tasks_of(made, out, draws, options.methods, command=command)
+    title = f"SemiSAM {'in two stages ' if stages else ''}on {options.data.name}, {labeled} labeled"
+    found = compared(tasks, out, title, stages)
     gates = {}
     for path in sorted((out / "runs").glob("*/run.json")):
         chosen = json.loads(path.read_text())["gate"]
         if chosen:
             gates[path.parent.name] = gate_row(chosen)
-    return {
+    table = {
         "labeled": labeled,
         "methods": {m.name: {"raw": row(m, False), "largest_component": row(m, True)} for m in found.methods},
         "gate": gates,
@@ -175,6 +222,10 @@ def study(
         "settings": {key: value for key, value in settings if key != "data.root"},
         "seconds": round(time.monotonic() - began),
     }
+    for name in CONTROLS if stages else ():
+        (method,) = results.compare(results.find_runs([out / name])).methods
+        table["methods"][name] = {"raw": row(method, False), "largest_component": row(method, True)}
+    return table
 
 
 def main() -> None:
@@ -185,20 +236,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the scans")
     parser.add_argument("--labeled", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--first-draw", type=int, default=1, metavar="K", help="draws K, K + 1, ...")
+    parser.add_argument("--methods", nargs="+", default=list(demo.METHODS), metavar="NAME")
     parser.add_argument("--stages", action="store_true", help="SemiSAM-MT in two halves, no prior")
     parser.add_argument("--out", type=Path, default=Path("build/evidence"), help="run folders and reports")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("-o", "--output", type=Path, help="JSON file of the tables")
     options = parser.parse_args()
-    pairs = [config.parse_setting(text) for text in options.set]
     tables = {
         "data": options.data.name,
         "machine": platform.machine(),
         "versions": record.versions(),
-        "studies": [
-            study(options.data, n, options.out / f"labeled{n}", options.draws, pairs, options.stages)
-            for n in options.labeled
-        ],
+        "studies": [study(options, n) for n in options.labeled],
     }
     text = json.dumps(tables, indent=1)
     if options.output:

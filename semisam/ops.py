@@ -456,11 +456,18 @@ def _torch_call(op: str, args: Sequence[Any]) -> Any:
 def _plain(a: Any, torch: Any) -> Any:
     """Strip tensor subclasses (MONAI's MetaTensor) and the graph."""
     if isinstance(a, torch.Tensor):
-        a = a.detach() if a.requires_grad else a
-        return a if type(a) is torch.Tensor else a.as_subclass(torch.Tensor)
+        return _bare(a.detach() if a.requires_grad else a, torch)
     if isinstance(a, (list, tuple)) and len(a) and isinstance(a[0], torch.Tensor):
         return [_plain(v, torch) for v in a]
     return a
+
+
+def _bare(a: Any, torch: Any) -> Any:
+    """A tensor without its subclass, unless that takes the operators' place (fake tensors)."""
+    kind = type(a)
+    if kind is torch.Tensor or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return a
+    return a.as_subclass(torch.Tensor)
 
 
 def _tensors(a: Any, tensor: Any) -> Sequence[Any]:
@@ -584,8 +591,7 @@ def voxel_loss(
     """
     torch: Any = sys.modules["torch"]
     register()
-    if type(logits) is not torch.Tensor:
-        logits = logits.as_subclass(torch.Tensor)
+    logits = _bare(logits, torch)
     others = [_plain(t, torch) for t in (*targets, *weights)]
     return _functions["VoxelLoss"].apply(
         logits.contiguous(), tuple(params), activation, terms, len(targets), *others
@@ -595,16 +601,21 @@ def voxel_loss(
 _functions: dict[str, Any] = {}
 
 
+def _run(direction: str, *args: Any) -> Any:
+    """Call a raw operator; a global function, as the compiler of torch 2.5 reads no module from a closure."""
+    import torch  # noqa: PLC0415
+
+    return getattr(torch.ops.semisam, f"voxel_loss_{direction}")(*args)
+
+
 def _define_functions() -> None:
     import torch  # noqa: PLC0415  (only called where the caller has it)
-
-    ops = torch.ops.semisam
 
     class VoxelLoss(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, logits: Any, params: Any, *args: Any) -> Any:
             activation, terms, n, *arrays = args
-            values, stats = ops.voxel_loss_forward(logits, arrays[:n], arrays[n:], params, activation, terms)
+            values, stats = _run("forward", logits, arrays[:n], arrays[n:], params, activation, terms)
             ctx.save_for_backward(logits, stats, *arrays)
             ctx.params, ctx.activation, ctx.terms, ctx.n = params, activation, terms, n
             return values
@@ -614,10 +625,8 @@ def _define_functions() -> None:
             if torch.is_grad_enabled():  # once_differentiable would drop the second derivative silently
                 raise RuntimeError("voxel_loss(): create_graph: expected False: differentiable once only")
             logits, stats, *arrays = ctx.saved_tensors
-            dlogits = ops.voxel_loss_backward(
-                *(logits, arrays[: ctx.n], arrays[ctx.n :], ctx.params),
-                *(stats, grad, ctx.activation, ctx.terms),
-            )
+            given = (logits, arrays[: ctx.n], arrays[ctx.n :], ctx.params)
+            dlogits = _run("backward", *given, stats, grad, ctx.activation, ctx.terms)
             return dlogits, *[None] * (4 + len(arrays))
 
     _functions["VoxelLoss"] = VoxelLoss

@@ -17,7 +17,7 @@ import torch
 from conftest import data_dir
 from test_trainer import losses, same, settings, together, weights
 
-from semisam.engine import checkpoint, config, gate, offline, setup, trainer
+from semisam.engine import checkpoint, config, gate, offline, results, setup, trainer
 from semisam.engine.cases import find_cases
 from semisam.engine.cases import split as make_split
 from semisam.engine.files import read_table
@@ -357,6 +357,70 @@ def test_from_another_run(data, sure, whole, tmp_path):
         )
 
 
+STAGES = {
+    "term__offline_start": None,
+    "term__refresh": 0,
+    "term__first_stage": 7,
+    "train__steps": 6,
+}
+
+
+def test_a_first_stage_is_a_run_before(data, sure, tmp_path):
+    """One command is two: the same weights as by `term.offline_from`; the time is that of both."""
+    staged = made(data, sure, **STAGES)
+    run = trainer.train(staged, tmp_path / "one")
+    base = {"method__name": "mean-teacher", "train__steps": 7, "term__offline": False}
+    trainer.train(made(data, sure, **STAGES | base | {"term__first_stage": 0}), tmp_path / "teacher")
+    other = {"term__first_stage": 0, "term__offline_from": str(tmp_path / "teacher")}
+    trainer.train(made(data, sure, **STAGES | other), tmp_path / "two")
+    assert same(weights(tmp_path / "one" / "first_stage"), weights(tmp_path / "teacher"))
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    first = json.loads((tmp_path / "one" / "first_stage" / "run.json").read_text())
+    assert first["method"] == "mean-teacher"
+    assert run.seconds > first["seconds"] > 0
+    asked = json.loads((run.out / "run.json").read_text())["offline_from"]["path"]
+    assert asked == str(tmp_path / "one" / "first_stage" / "best.ckpt")
+    assert [r.path.name for r in results.find_runs([tmp_path])] == ["one", "teacher", "two"]
+    with pytest.raises(TrainingError, match="exists and is not empty"):
+        trainer.train(staged, tmp_path / "one")
+
+
+@pytest.mark.parametrize("after", ["first_stage", "."])
+def test_stages_go_on_after_a_kill(data, sure, tmp_path, after, monkeypatch):
+    """In the first or the second one; and from the run's own settings, as `--resume` alone reads them."""
+    staged = made(data, sure, **STAGES)
+    whole = trainer.train(staged, tmp_path / "whole").out
+    log, out = trainer._Training._log, tmp_path / "killed"
+
+    def killed(training, values):
+        log(training, values)
+        if training.out == out / after and training.done == 5:
+            raise MemoryError  # not caught anywhere
+
+    monkeypatch.setattr(trainer._Training, "_log", killed)
+    with pytest.raises(MemoryError):
+        trainer.train(staged, out)
+    monkeypatch.undo()
+    saved = config.load(out / "config.yaml")
+    assert saved == staged
+    trainer.train(saved, out, resume=True)
+    assert same(weights(out), weights(whole))
+    assert same(weights(out / "first_stage"), weights(whole / "first_stage"))
+    trainer.train(saved, out, resume=True)  # nothing is left to do
+    with pytest.raises(TrainingError, match=r"term.first_stage: 7, now 8"):
+        trainer.train(replace(saved, term=replace(saved.term, first_stage=8)), out, resume=True)
+
+
+def test_stages_in_two_processes(data, sure, tmp_path):
+    staged = made(data, sure, **STAGES, specialist__options={"channels": [4, 8], "dropout": 0.0})
+    trainer.train(staged, tmp_path / "one")
+    assert together(staged, tmp_path / "two") == [0, 0]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), rel=1e-3, abs=1e-6)
+
+
 def test_pictures_are_written(whole):
     with np.load(sorted((whole / "samples").glob("*.npz"))[-1]) as file:
         assert file["clicks"].shape == (0, 4)
@@ -393,7 +457,14 @@ def test_hard_targets_and_slices(tmp_path, rng):
     [
         ({"term__offline_start": 0}, "term.offline_start: expected at least 1"),
         ({"term__offline_start": 12}, r"term.offline_start: expected less than train.steps \(12\), got 12"),
-        ({"term__offline_from": "runs/x"}, "term.offline_start: expected 0 or nothing"),
+        (
+            {"term__offline_from": "runs/x"},
+            "term.offline_start: expected 0 or nothing with term.offline_from",
+        ),
+        ({"term__first_stage": 5}, "term.offline_start: expected 0 or nothing with term.first_stage"),
+        ({"term__first_stage": 5, "term__offline_from": "runs/x"}, "term.first_stage: expected 0 with"),
+        ({"term__first_stage": 5, "term__offline": False}, "term.first_stage: expected 0 without term.off"),
+        ({"term__first_stage": -1}, "term.first_stage: expected at least 0"),
         ({"term__refresh": -1}, "term.refresh: expected at least 0"),
     ],
 )
@@ -412,7 +483,7 @@ def test_the_examples_are_configurations(example, settings):
     made = config.load(Path(__file__).parents[1] / "examples" / f"{example}.yaml", [("train.steps", 250)])
     config.check(made)
     theirs = config.load(settings=list(getattr(evidence, settings).items()))
-    assert replace(made.term, gate_steps=theirs.term.gate_steps) == theirs.term
+    assert replace(made.term, gate_steps=theirs.term.gate_steps, first_stage=0) == theirs.term
     assert made.train.memory_format == theirs.train.memory_format
 
 

@@ -99,7 +99,7 @@ def test_inference_mode_and_no_grad():
     with torch.inference_mode():
         teacher = (z + 1).softmax(1)
     logits = z.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match=r"Inference tensors cannot be saved .* use `torch.no_grad\(\)`"):
+    with pytest.raises(RuntimeError, match=r"Inference tensors cannot be saved"):
         L.softmax_mse_loss(logits, teacher)
     L.softmax_mse_loss(logits, teacher.clone()).backward()
     assert logits.grad.isfinite().all()

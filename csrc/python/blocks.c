@@ -9,7 +9,9 @@
  * cannot hang, and the worst that two threads can do to each other is a block that is not found.
  * The pool belongs to the module and to every block that came from it.
  */
-#define _GNU_SOURCE
+#ifndef _GNU_SOURCE /* some Pythons' headers define it, too */
+#define _GNU_SOURCE 1
+#endif
 #include "binding.h"
 
 #include <stdatomic.h>

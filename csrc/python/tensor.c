@@ -193,8 +193,21 @@ static int keep_alive(PyObject *keep, void *managed, const char *name, PyCapsule
     return failed ? -1 : 0;
 }
 
+/* torch refuses the capsule of a tensor that requires a gradient, which the exchange API does not;
+ * gradients are registered outside of the operators. */
+static PyObject *without_gradient(PyObject *object) {
+    PyObject *asked = PyObject_GetAttrString(object, "requires_grad");
+    int required = asked ? PyObject_IsTrue(asked) : 0;
+    if (!asked || required < 0) {
+        PyErr_Clear(); /* not torch */
+    }
+    Py_XDECREF(asked);
+    return required > 0 ? PyObject_CallMethod(object, "detach", NULL) : Py_NewRef(object);
+}
+
 static PyObject *ask_for_capsule(PyObject *object) {
-    PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
+    PyObject *plain = without_gradient(object);
+    PyObject *method = plain ? PyObject_GetAttrString(plain, "__dlpack__") : NULL;
     PyObject *args = method ? PyTuple_New(0) : NULL;
     PyObject *names = args ? Py_BuildValue("{s(ii)}", "max_version", SS_DLPACK_MAJOR, 0) : NULL;
     PyObject *capsule = names ? PyObject_Call(method, args, names) : NULL;
@@ -202,6 +215,7 @@ static PyObject *ask_for_capsule(PyObject *object) {
         PyErr_Clear(); /* a library from before DLPack 1.0 does not know max_version */
         capsule = PyObject_Call(method, args, NULL);
     }
+    Py_XDECREF(plain);
     Py_XDECREF(method);
     Py_XDECREF(args);
     Py_XDECREF(names);

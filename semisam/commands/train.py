@@ -8,6 +8,7 @@ examples:
   semisam train DATA --out runs/mt --method mean-teacher --labeled 4 --steps 2000 --patch 32 48 32
   semisam train DATA --out runs/tuned --config plus.yaml --set train.lr=0.02 --set term.options.lam_sam=1
   semisam train DATA --out runs/sam --generalist sam-med3d-turbo --checkpoint sam_med3d_turbo.pth
+  semisam train DATA --out runs/two-stages --config examples/second-stage.yaml --steps 500 --patch 32 32 32
   semisam train DATA --out runs/first --quick-check        a few steps of everything, in a minute
   semisam train --out runs/first --resume                  continues after a kill, with the same bits
   torchrun --nproc-per-node 2 -m semisam train DATA --out runs/two-gpus
@@ -114,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
     except (settings.ConfigError, CaseError, trainer.TrainingError, trainer.CheckpointError) as error:
         raise CommandError(str(error)) from error
     if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
-        _tell(done)
+        _tell(done, config)
     return 0
 
 
@@ -166,7 +167,8 @@ def _quick_check(config: settings.Config, trainer: Any) -> int:
             config.term,
             gate_steps=2,
             gate_every=2,
-            offline_start=None if config.term.offline_from else 2,
+            offline_start=None if config.term.offline_from or config.term.first_stage else 2,
+            first_stage=min(config.term.first_stage, 4),
             refresh=min(config.term.refresh, 1),
         ),
     )
@@ -176,11 +178,14 @@ def _quick_check(config: settings.Config, trainer: Any) -> int:
     return 0
 
 
-def _tell(done: Any) -> None:
+def _tell(done: Any, config: settings.Config) -> None:
+    from semisam.engine import offline  # noqa: PLC0415
+
+    first = offline.first_stage(config)
+    before = f"{first.train.steps} steps of {first.method.name}, then " if first else ""
     hours, rest = divmod(round(done.seconds), 3600)
-    print(
-        f"trained {done.steps} steps in {hours}:{rest // 60:02d}:{rest % 60:02d}; everything is in {done.out}"
-    )
+    took = f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    print(f"trained {before}{done.steps} steps in {took}; everything is in {done.out}")
     if done.best:
         print(f"  best.ckpt   validation Dice {done.best['dice']:.4f} at step {done.best['step']}")
     print("  last.ckpt   the last step")

@@ -106,11 +106,12 @@ class TermConfig:
     options: dict[str, Any] = field(default_factory=dict)  # of SemiSAMTerm: lam_sam, mode, clicks, ...
     generalist_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     gate: bool = True
-    gate_steps: int | None = None  # steps of each leave-one-out run; None: a tenth of the steps
+    gate_steps: int | None = None  # steps of each leave-one-out run; None: a tenth of the steps, see gate.py
     gate_every: int = 100
     offline: bool = False  # labels of whole unlabeled scans, made now and then, instead of step by step
     offline_start: int | None = None  # steps before the first round of them; None: a quarter of the training
     offline_from: str | None = None  # a run folder whose network makes the first round before any step
+    first_stage: int = 0  # steps of the method without the term before this run, in RUN/first_stage, likewise
     refresh: int = 0  # steps from one round to the next; 0: there is one only
     cache: str | bool = "auto"  # of encoder outputs: auto (ram where scans come again) | off | ram | a folder
     cache_ram_mb: int = 512  # MiB of memory for it
@@ -378,6 +379,7 @@ _AT_LEAST = {
     "term.gate_steps": 1,
     "term.offline_start": 0,
     "term.refresh": 0,
+    "term.first_stage": 0,
     "term.position_prior": 0,
     "term.cache_ram_mb": 0,
     "term.cache_mb": 0,
@@ -471,6 +473,11 @@ def _check_term(config: Config) -> None:
             f"step, got {term.cache!r}"
         )
     if not term.offline:
+        if term.first_stage:
+            raise ConfigError(
+                "term.first_stage: expected 0 without term.offline: its network labels whole scans; got "
+                f"{term.first_stage}"
+            )
         if term.position_prior:
             raise ConfigError(
                 "term.position_prior: expected 0 without term.offline: a patch does not know where it lies; "
@@ -482,20 +489,27 @@ def _check_term(config: Config) -> None:
             "term.offline: expected false with the preset 'published', as the published scripts ask in "
             "every step"
         )
-    if term.offline_start == 0 and not term.offline_from:
+    if term.first_stage and term.offline_from:
         raise ConfigError(
-            "term.offline_start: expected at least 1, as an untrained teacher knows nothing (or a run's "
-            "folder in term.offline_from), got 0"
+            f"term.first_stage: expected 0 with term.offline_from, whose network makes the first labels, got "
+            f"{term.first_stage}"
+        )
+    other = "term.offline_from" if term.offline_from else "term.first_stage"
+    known = bool(term.offline_from or term.first_stage)
+    if term.offline_start == 0 and not known:
+        raise ConfigError(
+            "term.offline_start: expected at least 1, as an untrained teacher knows nothing (or steps in "
+            "term.first_stage, or a run's folder in term.offline_from), got 0"
         )
     if term.offline_start is not None and term.offline_start >= config.train.steps:
         raise ConfigError(
             f"term.offline_start: expected less than train.steps ({config.train.steps}), got "
             f"{term.offline_start}"
         )
-    if term.offline_from and term.offline_start:
+    if known and term.offline_start:
         raise ConfigError(
-            f"term.offline_start: expected 0 or nothing with term.offline_from, whose network makes the "
-            f"first labels, got {term.offline_start}"
+            f"term.offline_start: expected 0 or nothing with {other}, whose network makes the first labels, "
+            f"got {term.offline_start}"
         )
 
 

@@ -146,9 +146,9 @@ def _network(found: Any) -> dict[str, Any]:
 
 
 def tasks_of(
-    config: Config, out: str | Path, draws: int, methods: Sequence[str] = METHODS, **more: Any
+    config: Config, out: str | Path, draws: int | Sequence[int], methods: Sequence[str] = METHODS, **more: Any
 ) -> list[Task]:
-    """Return the runs, the dearest method of each draw first: methods x draws 1, 2, ...
+    """Return the runs, the dearest method first: methods x draws; a number of draws means 1, 2, ...
 
     >>> from semisam.engine.config import Config
     >>> from semisam.engine.demo import tasks_of
@@ -169,7 +169,7 @@ def tasks_of(
             **more,
         )
         for method in ordered
-        for draw in range(1, draws + 1)
+        for draw in (range(1, draws + 1) if isinstance(draws, int) else draws)
     ]
 
 

@@ -56,11 +56,14 @@ class HeldOut:
 def gate_steps(config: Config) -> int:
     """Return the length of each short run: `term.gate_steps`, or a tenth of the training's steps.
 
+    After a first stage it is half of that stage at least: who is to teach will be prompted by its network,
+    and is judged too badly by predictions that are much worse.
+
     >>> from semisam.engine import config, gate
     >>> gate.gate_steps(config.load(settings=[("train.steps", 2000)]))
     200
     """
-    return config.term.gate_steps or max(config.train.steps // 10, 1)
+    return config.term.gate_steps or max(config.train.steps // 10, config.term.first_stage // 2, 1)
 
 
 def held_out(

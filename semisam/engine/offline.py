@@ -19,14 +19,16 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from semisam import methods
 from semisam.engine import checkpoint, inference
-from semisam.engine.config import Config, dump
+from semisam.engine.config import Config, TermConfig, dump
 from semisam.engine.files import atomic, write_text
 from semisam.engine.position import PositionPrior
 from semisam.engine.sampling import PatchSource
@@ -37,14 +39,17 @@ from semisam.methods.base import PseudoLabel
 __all__ = [
     "PseudoLabels",
     "due",
+    "first_stage",
     "label_scans",
     "last_round",
+    "other_run",
     "place_of",
     "read_round",
     "weights_of",
     "write_table",
 ]
 
+FIRST_STAGE = "first_stage"  # folder in the run's
 COLUMNS = ("case", "weight", "agreement", "uncertainty", "foreground_voxels")
 
 
@@ -66,8 +71,8 @@ def due(config: Config, step: int) -> bool:
 def start_of(config: Config) -> int:
     """Return the step before which the first round of labels is made.
 
-    `term.offline_start`; by default 0 with the network of another run (`term.offline_from`), else a quarter
-    of the training.
+    `term.offline_start`; by default 0 with the network of another run (`term.offline_from`) or of a first
+    stage (`term.first_stage`), else a quarter of the training.
 
     >>> from semisam.engine import config, offline
     >>> offline.start_of(config.load(settings=[("train.steps", 2000)]))
@@ -75,7 +80,7 @@ def start_of(config: Config) -> int:
     """
     if config.term.offline_start is not None:
         return config.term.offline_start
-    return 0 if config.term.offline_from else max(config.train.steps // 4, 1)
+    return 0 if config.term.offline_from or config.term.first_stage else max(config.train.steps // 4, 1)
 
 
 def last_round(config: Config, step: int) -> int | None:
@@ -247,6 +252,38 @@ def _taught(
         return None
     maps = (a[0].cpu().numpy() for a in (made.target, made.weight, made.uncertainty))
     return *maps, int((made.label[0] > 0).sum())
+
+
+def first_stage(config: Config) -> Config | None:
+    """Return the settings of the run before a run, None if there is none: its method without the term.
+
+    >>> from semisam.engine import config, offline
+    >>> made = config.load(settings=[("term.offline", True), ("term.first_stage", 500)])
+    >>> first = offline.first_stage(made)
+    >>> first.method.name, first.train.steps
+    ('mean-teacher', 500)
+    """
+    if not config.term.first_stage or not methods.needs_term(config.method.name):
+        return None
+    base = methods.canonical_name(config.method.name).removeprefix("semisam-")
+    return replace(
+        config,
+        method=replace(config.method, name=base),
+        term=TermConfig(),
+        train=replace(config.train, steps=config.term.first_stage),
+    )
+
+
+def other_run(config: Config, out: Path) -> str | None:
+    """Return the folder of the run whose network makes the first labels of a run in `out`, if another.
+
+    >>> from pathlib import Path
+    >>> from semisam.engine import config, offline
+    >>> made = config.load(settings=[("term.offline", True), ("term.first_stage", 500)])
+    >>> Path(offline.other_run(made, Path("runs/a"))).as_posix()
+    'runs/a/first_stage'
+    """
+    return str(out / FIRST_STAGE) if config.term.first_stage else config.term.offline_from
 
 
 def weights_of(run_dir: str) -> Path:

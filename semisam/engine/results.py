@@ -196,6 +196,8 @@ class RunRecord:
 def find_runs(paths: Sequence[str | Path], evaluation: str | None = None) -> list[RunRecord]:
     """Return the runs in `paths`: run folders, or folders that hold some up to two levels down.
 
+    The first stage of a run is no run of its own, unless its folder is named.
+
     `evaluation` names the folder under `test/` to show (None: the one that most runs have). Raises
     ResultError for a path without any.
 
@@ -209,7 +211,7 @@ def find_runs(paths: Sequence[str | Path], evaluation: str | None = None) -> lis
     for path in map(Path, paths):
         found = [path] if _is_run(path) else []
         for pattern in () if found else ("*", "*/*"):
-            found += [p for p in sorted(path.glob(pattern)) if _is_run(p)]
+            found += [p for p in sorted(path.glob(pattern)) if _is_run(p) and not _is_run(p.parent)]
         if not found:
             raise ResultError(
                 f"{path}: holds no run: no run.json or config.yaml in it or in its folders; "

@@ -7,6 +7,7 @@ at any moment continues from its last checkpoint and ends with the weights that 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -100,8 +101,10 @@ def train(
     The folder gets config.yaml, run.json, log.csv, validation.csv, gate.csv, last.ckpt, best.ckpt, samples/.
     It must be new or empty, unless `resume`: then training goes on from last.ckpt (from the start if
     there is none), and settings that decide about the weights must be those of config.yaml. `case_set`
-    and `split` replace what `config.data` says. Under `torchrun` all processes train one network; rank 0
-    writes. SIGINT and SIGTERM save a checkpoint and raise Interrupted.
+    and `split` replace what `config.data` says. With `term.first_stage` the method without the term is
+    trained first, into the folder first_stage in `out`; a new network learns from its labels. Under
+    `torchrun` all processes train one network; rank 0 writes. SIGINT and SIGTERM save a checkpoint and
+    raise Interrupted.
 
     Raises ConfigError for settings, CaseError for data, TrainingError for the rest that a user can mend (run
     folder, memory, numbers that are not finite), CheckpointError if a checkpoint cannot be written or read.
@@ -126,7 +129,13 @@ def train(
         torch.use_deterministic_algorithms(True)
     try:
         with _signals() as received:
-            return _Training(config, Path(out), resume, case_set, split, command, received).run()
+            given = (case_set, split, command, received)
+            seconds = 0.0
+            first = offline.first_stage(config)
+            if first is not None:
+                seconds = _first_stage(config, first, Path(out), resume, *given)
+                resume = True  # the folder is there now
+            return _Training(config, Path(out), resume, *given, seconds=seconds).run()
     except TrainingError:
         raise
     except RuntimeError as error:
@@ -147,6 +156,21 @@ def train(
         torch.use_deterministic_algorithms(before)
 
 
+def _first_stage(config: Config, first: Config, out: Path, resume: bool, *given: Any) -> float:
+    """Train the run before a run, or what is missing of it; return how many seconds it took."""
+    fabric, place = fabric_for(config.train), out / offline.FIRST_STAGE
+    check_folder(out, config, resume)
+    done = json.loads((place / "run.json").read_text()) if (place / "run.json").exists() else {}
+    fabric.barrier()  # before rank 0 makes the folder
+    if done.get("finished"):
+        return float(done["seconds"])
+    if fabric.is_global_zero:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "config.yaml", yaml.safe_dump(dump(config), sort_keys=False))
+        say(f"first stage: {first.method.name}, {first.train.steps} steps, in {place}")
+    return _Training(first, place, True, *given).run().seconds
+
+
 class _Training:
     """One run: what it is made of (`__init__`), the loop (`run`), and what the loop calls."""
 
@@ -159,6 +183,7 @@ class _Training:
         split: Split | None,
         command: Sequence[str] | None,
         received: list[int],
+        seconds: float = 0.0,
     ) -> None:
         self.config, self.out, self.received = config, out, received
         self.fabric = fabric_for(config.train)
@@ -176,7 +201,7 @@ class _Training:
             "layout": case_set.layout,
             "best": None,
             "gate": None,
-            "seconds": 0.0,
+            "seconds": seconds,
         }
         torch.manual_seed(config.train.seed)
         student = checkpoint.network_of(config, self.meta)
@@ -290,7 +315,7 @@ class _Training:
             self._save("last")  # from here on the labels of the round before are not needed any more
         student: Any = self.method.student
         teacher: Any = student if self.method.teacher is None else self.method.teacher
-        other = self.config.term.offline_from
+        other = offline.other_run(self.config, self.out)
         if step == 0 and other:
             teacher = offline.network_from(other, self.meta, self.fabric.device)
         place, cache = offline.place_of(self.out, step), self.term.cache
@@ -422,7 +447,7 @@ class _Training:
 
     def _offline_from(self) -> dict[str, str] | None:
         """The checkpoint of another run that makes the first labels, with its hash."""
-        other = self.config.term.offline_from
+        other = offline.other_run(self.config, self.out)
         if self.term is None or not (self.config.term.offline and other):
             return None
         path = offline.weights_of(other)
