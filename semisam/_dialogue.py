@@ -295,12 +295,15 @@ class _Dialogue:
         return rows.reshape(*prob.shape[:2], *size)
 
     def sent(self, device: Any) -> prompts.PromptBatch:
-        """The prompts where the images are."""
-        b = self.batch
+        """The prompts where the images are.
+
+        A row is asked for as long as there is a click for it: rows that are have one in every place.
+        """
+        b, quiet = self.batch, self.request.quiet
         if b.points.device == device:
-            return b
-        optional = [None if a is None else a.to(device) for a in (b.boxes, b.mask_logits)]
-        return prompts.PromptBatch(b.shape, b.points.to(device), b.labels.to(device), *optional)
+            return replace(b, unpadded=True) if quiet else b
+        boxes, masks = (None if a is None else a.to(device) for a in (b.boxes, b.mask_logits))
+        return prompts.PromptBatch(b.shape, b.points.to(device), b.labels.to(device), boxes, masks, quiet)
 
 
 def largest(request: Request) -> Answers:

@@ -294,8 +294,10 @@ class PromptBatch:
     `shape` is the patch's spatial shape (n0, n1[, n2]); `points` [B, F, K, ndim] are array indices,
     `labels` [B, F, K] 1 positive, 0 negative, -1 no point (padding); optional `boxes` [B, F, 2 * ndim] (all
     lower, then all upper inclusive indices) and `mask_logits` [B, F, *size] in the frame and the
-    resolution of the generalist's mask input. Arrays are all NumPy or all torch. ValueError for shapes that
-    do not fit each other and labels other than 1, 0, -1.
+    resolution of the generalist's mask input. `unpadded` is a statement of whoever made the batch: rows that
+    are asked for have a click in each of the K places, so that nobody need look at the labels to know it.
+    Arrays are all NumPy or all torch. ValueError for shapes that do not fit each other and labels other than
+    1, 0, -1.
 
     >>> import numpy as np
     >>> from semisam.prompts import PromptBatch
@@ -309,6 +311,7 @@ class PromptBatch:
     labels: Any
     boxes: Any = None
     mask_logits: Any = None
+    unpadded: bool = False
 
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.shape)
@@ -359,7 +362,7 @@ class PromptBatch:
 
         `click_memory` "last" keeps only the new click (how SAM-Med3D was trained), "all" keeps the earlier
         ones in front. `mask_logits` is the previous round's answer; None keeps what the batch has. Label -1
-        (no click) becomes padding. Boxes stay.
+        (no click) becomes padding. Boxes stay; the batch no longer says that it is `unpadded`.
 
         >>> import numpy as np
         >>> from semisam.prompts import PromptBatch
@@ -382,7 +385,7 @@ class PromptBatch:
             points = _join([self.points, points], 2)
             labels = _join([self.labels, labels], 2)
         masks = self.mask_logits if mask_logits is None else mask_logits
-        return replace(self, points=points, labels=labels, mask_logits=masks)
+        return replace(self, points=points, labels=labels, mask_logits=masks, unpadded=False)
 
     def fold_classes(self) -> PromptBatch:
         """Return the same prompts as a batch of B * F samples with one class each.
@@ -396,7 +399,12 @@ class PromptBatch:
             return None if a is None else a.reshape(a.shape[0] * a.shape[1], 1, *a.shape[2:])
 
         return PromptBatch(
-            self.shape, fold(self.points), fold(self.labels), fold(self.boxes), fold(self.mask_logits)
+            self.shape,
+            fold(self.points),
+            fold(self.labels),
+            fold(self.boxes),
+            fold(self.mask_logits),
+            self.unpadded,
         )
 
     # ---- Hugging Face SAM, MedSAM

@@ -105,6 +105,12 @@ class _Judged(NamedTuple):
     means: list[Any]  # by generalist: mean of its rounds [1, C, *S], None without an answer
     label: Any  # [1, *S]
 
+    def on_cpu(self) -> _Judged:
+        """The same where there is room for what many volumes leave."""
+        dice = {name: torch.as_tensor(values).cpu() for name, values in self.dice.items()}
+        means = [None if mean is None else mean.cpu() for mean in self.means]
+        return _Judged(dice, means, self.label.cpu())
+
 
 class LastCall(NamedTuple):
     """What the last call made, for pictures; voxels of samples that were left out have weight 0."""
@@ -721,7 +727,9 @@ class SemiSAMTerm:
 
     # ---- the gate
 
-    def calibrate(self, images: Any, probs: Any, labels: Any, spacing: Any = None) -> dict[str, Any]:
+    def calibrate(
+        self, images: Any, probs: Any, labels: Any, spacing: Any = None, *, device: Any = None
+    ) -> dict[str, Any]:
         """Decide from held-out predictions what each generalist contributes, before the training starts.
 
         Sequences of N labeled volumes (their shapes may differ) or arrays with a leading N: `images`
@@ -729,7 +737,8 @@ class SemiSAMTerm:
         (255: ignored); `spacing` for all or a list, in mm. Candidates are the prompt mask (argmax of
         `probs`), its largest component per class, each generalist in the term's own mode, and sets of them,
         fused as the term would; the score is the Dice of whole volumes, mean over them and the foreground
-        classes. See `semisam.gate.Gate`.
+        classes. See `semisam.gate.Gate`. Each volume is judged on `device` (default: where it is), one at a
+        time; what is kept of it until all are judged goes to the CPU.
 
         Returns a dictionary of plain values: "scores" (candidate: mean Dice), "per_class" (candidate:
         list), "best" (candidate), "choice" (generalist: candidate), "reliability" (generalist: score),
@@ -747,7 +756,7 @@ class SemiSAMTerm:
         >>> found["choice"]
         {'random-walker': 'random-walker'}
         """
-        return self._judge(images, probs, labels, spacing, held_out=True, fresh=True)
+        return self._judge(images, probs, labels, spacing, held_out=True, fresh=True, device=device)
 
     def score(
         self, images: Any, probs: Any, labels: Any, spacing: Any = None, *, held_out: bool = False
@@ -762,7 +771,15 @@ class SemiSAMTerm:
         return self._judge(images, probs, labels, spacing, held_out=held_out, fresh=False)
 
     def _judge(
-        self, images: Any, probs: Any, labels: Any, spacing: Any, *, held_out: bool, fresh: bool
+        self,
+        images: Any,
+        probs: Any,
+        labels: Any,
+        spacing: Any,
+        *,
+        held_out: bool,
+        fresh: bool,
+        device: Any = None,
     ) -> dict[str, Any]:
         n = len(probs)
         if not n or len(images) != n or len(labels) != n:
@@ -772,11 +789,18 @@ class SemiSAMTerm:
             )
         several = isinstance(spacing, (list, tuple)) and len(spacing) == n
         each = several and all(v is None or hasattr(v, "__len__") for v in spacing)
+
+        def there(array: Any) -> Any:
+            tensor = torch.as_tensor(array)
+            return tensor if device is None else tensor.to(device)
+
         with torch.no_grad():
-            judged = [
-                self._compare(images[i], probs[i], labels[i], spacing[i] if each else spacing, i)
-                for i in range(n)
-            ]
+            judged = []
+            for i in range(n):
+                where = spacing[i] if each else spacing
+                one = self._compare(there(images[i]), there(probs[i]), there(labels[i]), where, i)
+                judged.append(one.on_cpu() if held_out else one)
+                del one  # nothing is left on the device when the next one comes
             per_class = _mean_of([one.dice for one in judged])
             doubt: dict[str, float] = {}
             if held_out:

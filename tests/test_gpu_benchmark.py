@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -185,7 +186,17 @@ def test_gpu_runs_every_step_and_tells_which_failed(tmp_path):
     assert log["build"] == "python setup.py -q build_ext --inplace with 90-real 1\n"
     assert log["tests"].startswith("python -m pytest -q -p no:cacheprovider -n 4 -m cuda tests/test_cuda")
     assert log["sanitize"].startswith("sanitize-cuda: compute-sanitizer is not installed: it comes with")
-    assert log["bench"].startswith(f"python -m benchmarks.gpu -o {out}/gpu.json --seconds 150 with")
+    assert log["bench"].startswith(f"python -m benchmarks.gpu -o {out}/gpu.json --seconds 120 with")
+
+
+def test_gpu_ends_within_ten_minutes():
+    """Every step at its limit, and 15 seconds for what lies between."""
+    text = (ROOT / ".ci" / "gpu").read_text()
+    limits = dict(re.findall(r"step \w+ \"\$\{(GPU_\w+):-(\d+)\}\"", text))
+    assert sorted(limits) == ["GPU_BENCH", "GPU_BUILD", "GPU_SANITIZE", "GPU_TESTS"]
+    assert sum(map(int, limits.values())) <= 585
+    for name, seconds in limits.items():  # and as the script's head has it
+        assert set(re.findall(rf"{name}(?:=|:-)(\d+)", text)) == {seconds}
 
 
 def test_gpu_takes_the_steps_that_are_named(tmp_path):

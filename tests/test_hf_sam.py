@@ -258,7 +258,7 @@ def test_images_points_and_answers_lie_in_one_frame(name, shape, axis):
     column = resized.movedim(axis, 0)[:, 0].tolist()
     # Logits that are a ramp over the square: the coordinate in it of what an answer's voxel is made of.
     low = (ramp((cells, cells), axis) + 0.5) * side / cells - 0.5
-    down, across = made._to_patch(shape)
+    down, across = made._to_patch(shape, torch.device("cpu"))
     back = (down @ low @ across.T)[0]
     middle = [k // 2 for k in shape]
     for at in range(n // 4, n - n // 4):

@@ -19,6 +19,7 @@ import semisam
 from semisam import _core, ops
 
 ROOT = Path(__file__).parents[1]
+BUILT = (".so", ".o", ".pyc", ".dll", ".dylib", ".pyd")
 SKIP = {".git", ".venv", "build", "dist", "__pycache__", ".hypothesis", ".mypy_cache", ".ruff_cache"}
 
 
@@ -204,6 +205,77 @@ def test_text_speaks_of_the_project_alone(path):
 
 
 # ---- C ------------------------------------------------------------------------------------------
+
+
+# ---- the map ------------------------------------------------------------------------------------
+
+# Folders of files of one kind, which the map names as such.
+OF_ONE_KIND = (
+    "tests/core",
+    "tests/fuzz",
+    "tests/leaks",
+    "tests/cuda_emulation",
+    "benchmarks/results",
+    "examples/c",
+)
+
+
+def map_of_contributing() -> str:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return text.partition("## Map")[2].partition("Dependencies point one way")[0]
+
+
+def in_braces(text: str) -> list[str]:
+    """The names that `a_{b,c}.h` stands for, and all others."""
+    found = []
+    for word in re.findall(r"[\w.<>-]*(?:\{[\w,]+\}[\w.]*)?", text):
+        start, brace, rest = word.partition("{")
+        names, _, end = rest.partition("}")
+        found += [start + name + end for name in names.split(",")] if brace else [word]
+    return [word.rstrip(".") for word in found]
+
+
+def patterns_of(text: str) -> dict[str, str]:
+    """Names that the map has for several files, as patterns, and where these lie."""
+    families = {path.split(".")[-2] for path in semisam.generalists.GENERALISTS.values()}
+    sets = {
+        "<operator>.c": ("csrc/cpu", list(ops.SCHEMA)),
+        "<operator>.cu": ("csrc/cuda", list(ops.SCHEMA)),
+        "<family>.py": ("semisam/generalists", sorted(families)),
+        "<command>.py": ("semisam/commands", [r"\w+"]),
+        "test_<area>.py": ("tests", [r"\w+"]),
+    }
+    for written in sets:
+        assert written in text, f"the map has no {written}"
+    found = {}
+    for written, (folder, names) in sets.items():
+        start, end = re.split("<.*>", written)
+        found[folder + "/" + start] = f"{re.escape(folder)}/{start}({'|'.join(names)}){re.escape(end)}"
+    return found
+
+
+def test_the_map_has_every_file():
+    """By its name, by the name of its kind, or by its folder."""
+    text = map_of_contributing()
+    names, patterns = set(in_braces(text)), patterns_of(text).values()
+    for folder in OF_ONE_KIND:
+        assert re.search(rf"\b{folder.rpartition('/')[2]}/", text), f"the map has no {folder}/"
+    missing = []
+    for top in ("csrc", "semisam", "tests", "benchmarks", "examples"):
+        for path in tree("", under=top):
+            file = path.relative_to(ROOT).as_posix()
+            known = path.name in names or file.startswith(tuple(f"{f}/" for f in OF_ONE_KIND))
+            if not known and not any(re.fullmatch(p, file) for p in patterns) and path.suffix not in BUILT:
+                missing.append(file)
+    assert not missing, f"not in CONTRIBUTING.md's map: {', '.join(missing)}"
+
+
+def test_the_map_has_no_file_that_is_gone():
+    there = {path.name for path in tree("")}
+    suffixes = r"\.(c|h|cu|cuh|def|mk|py|pyi|yaml|tsv|j2)"
+    named = {n for n in in_braces(map_of_contributing()) if re.fullmatch(rf"[\w.]+{suffixes}", n)}
+    assert len(named) > 100
+    assert sorted(named - there) == []
 
 
 def functions(text: str):

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gc
 import json
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ import torch
 from conftest import data_dir
 from test_trainer import losses, same, settings, together, weights
 
-from semisam.engine import checkpoint, config, offline, results, trainer
+from semisam.engine import checkpoint, config, gate, offline, results, setup, trainer
 from semisam.engine.cases import find_cases
 from semisam.engine.cases import split as make_split
 from semisam.engine.files import read_table
@@ -21,6 +25,7 @@ from semisam.engine.phantom import write_phantoms
 from semisam.engine.preprocess import Preprocessing
 from semisam.engine.sampling import PatchSource, augment_slice
 from semisam.engine.setup import TrainingError
+from semisam.term import SemiSAMTerm
 
 OFFLINE = {
     "term__offline": True,
@@ -529,3 +534,143 @@ def test_workers_are_started_again_with_every_round(data, sure, whole, tmp_path)
     run = trainer.train(made(data, sure, data__workers=2), tmp_path / "r").out
     assert same(weights(run), weights(whole))
     assert losses(run) == losses(whole)
+
+
+# ---- where generalists are asked ----------------------------------------------------------------
+
+
+class Moves:
+    """Tensors that were sent to a device that is not there: they stay, and it is seen who keeps them."""
+
+    def __init__(self, monkeypatch, device):
+        self.shapes, self.kept, self.device = [], [], device
+        to = torch.Tensor.to
+
+        def moved(tensor, *arguments, **options):
+            if arguments[:1] != (device,):
+                return to(tensor, *arguments, **options)
+            self.shapes.append(tuple(tensor.shape))
+            copy = tensor.clone()
+            self.kept.append(weakref.ref(copy))
+            return copy
+
+        monkeypatch.setattr(torch.Tensor, "to", moved)
+        monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # what comes back is a copy
+
+    def alive(self):
+        return [tuple(t.shape) for ref in self.kept if (t := ref()) is not None]
+
+
+def labeling(data, sure, place, device, **more):
+    """A round of labels where a device of that name is the training's."""
+    changed = made(data, sure, **more)
+    roles = make_split(find_cases(data), changed.data)
+    source = PatchSource(roles, Preprocessing(), changed.train, changed.data, 2)
+    source.pseudo = offline.PseudoLabels(2, soft=True)
+    network = checkpoint.network_of(changed, {"channels": 1, "num_classes": 2})
+    network.load_state_dict(torch.load(sure))
+    fabric = SimpleNamespace(device=device, global_rank=0, world_size=1, autocast=contextlib.nullcontext)
+
+    def run(term):
+        offline.label_scans(changed, source, network, term, place, 4, fabric=fabric)
+        offline.read_round(source, place)
+        return source.pseudo.planes
+
+    return changed, source, run
+
+
+@pytest.mark.parametrize("where", ["auto", "cpu"])
+def test_whole_scans_go_to_the_training_s_device_one_by_one(data, sure, tmp_path, monkeypatch, where):
+    gpu = torch.device("meta")
+    changed, source, run = labeling(data, sure, tmp_path / "gpu", gpu, term__scan_device=where)
+    windows = offline.inference.sliding_window
+    asked, left = [], []
+
+    def here(network, image, patch, *, device, accumulate):
+        asked.append((device, accumulate))
+        return windows(network, image, patch)
+
+    def seen():
+        gc.collect()
+        left.append(moves.alive())
+
+    monkeypatch.setattr(offline.inference, "sliding_window", here)
+    moves = Moves(monkeypatch, gpu)
+    term = setup.build_term(changed)
+    read = source.image
+    monkeypatch.setattr(source, "image", lambda case: (seen(), read(case))[1])
+    found = run(term)
+    scans = len(source.unlabeled_cases)
+    assert scans > 2
+    assert not any(left), "a scan is still on the device when the next one is read"
+    if where == "auto":
+        assert moves.shapes == [(1, 1, 20, 20, 20), (1, 2, 20, 20, 20)] * scans
+        assert asked == [(gpu, None)] * scans
+    else:
+        assert moves.shapes == []
+        assert asked == [(gpu, torch.device("cpu"))] * scans
+    monkeypatch.undo()
+    changed, source, run = labeling(data, sure, tmp_path / "cpu", torch.device("cpu"))
+    expected = run(setup.build_term(changed))
+    assert all(np.array_equal(found[case], expected[case]) for case in expected)
+
+
+def test_a_scan_without_room_says_which_setting_to_lower(data, sure, tmp_path, monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    expected = (
+        r"phantom_\d+ \(20, 20, 20\): the GPU's memory does not suffice for a whole scan: lower "
+        r"term\.options\.clicks \(now 3; .* set term\.scan_device \(now auto\) to cpu.*Tried to allocate 9"
+    )
+    options = {**OFFLINE["term__options"], "clicks": 3}
+    changed = made(data, sure, term__options=options)
+    with monkeypatch.context() as patch:
+        patch.setattr("semisam.term.SemiSAMTerm.teach", exhausted)
+        with pytest.raises(TrainingError, match=expected):
+            trainer.train(changed, tmp_path / "r")
+    monkeypatch.setattr("monai.inferers.utils.sliding_window_inference", exhausted)
+    with pytest.raises(TrainingError, match=expected):
+        trainer.train(changed, tmp_path / "r", resume=True)
+
+
+def test_the_gate_asks_on_the_training_s_device(data, sure, tmp_path, monkeypatch):
+    """Volume by volume, and the same choice."""
+    changed = made(data, sure, term__gate=True, term__gate_steps=1, train__steps=5)
+    given = []
+    choose = gate.choose
+
+    def spied(term, scans, *, device):
+        given.append((scans, device))
+        return choose(term, scans, device=device)
+
+    monkeypatch.setattr(gate, "choose", spied)
+    trainer.train(changed, tmp_path / "r")
+    ((scans, device),) = given
+    assert device == torch.device("cpu")
+    assert len(scans) > 1
+    gpu = torch.device("meta")
+    terms = [SemiSAMTerm(["random-walker", "random-walker"], total_steps=9) for _ in range(2)]
+    expected = choose(terms[0], scans)
+    left = []
+    with monkeypatch.context() as patch:
+        moves = Moves(patch, gpu)
+        compare = SemiSAMTerm._compare
+
+        def seen(self, *arguments):
+            gc.collect()
+            left.append(len(moves.alive()))
+            return compare(self, *arguments)
+
+        patch.setattr(SemiSAMTerm, "_compare", seen)
+        assert choose(terms[1], scans, device=gpu) == expected
+    space = scans[0].label.shape
+    assert moves.shapes == [(1, *space), (2, *space), space] * len(scans)
+    assert left == [3] * len(scans)
+
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(SemiSAMTerm, "calibrate", exhausted)
+    with pytest.raises(TrainingError, match="gate: the GPU's memory does not suffice for a whole scan"):
+        trainer.train(changed, tmp_path / "again")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -772,6 +774,15 @@ def test_vista3d_coordinates_are_those_of_monai(rng):
         assert disc[f, 1 - channel].max() == 0
         top = np.unravel_index(int(disc[f, channel].argmax()), (17, 9, 12))
         assert list(map(int, top)) == batch.points[0, f, 0].tolist()
+
+
+def test_who_says_that_there_is_no_padding():
+    """The statement is of one batch: the next click may be missing."""
+    batch = PromptBatch.empty(2, 3, (9, 9)).append(np.zeros((2, 3, 2), np.int64), np.ones((2, 3), np.int32))
+    assert not batch.unpadded
+    said = replace(batch, unpadded=True)
+    assert said.fold_classes().unpadded
+    assert not said.append(batch.points[:, :, 0], batch.labels[:, :, 0] - 2).unpadded
 
 
 def test_click_memory():

@@ -283,6 +283,37 @@ def test_every_mode(mode, preset, dims, classes, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("memory", ["last", "all"])
+def test_rows_that_are_asked_for_have_every_click(mode, memory, monkeypatch):
+    """What `unpadded` says to generalists that group rows by their numbers of clicks."""
+    images, truth, prob = scene(dims=2, classes=3)
+    prob[1, 1] = 0  # a class that nobody sees
+    prob /= prob.sum(1, keepdim=True)
+    seen = []
+
+    class Noting(Remote):
+        def decode(self, state, prompts, active=None):
+            seen.append((prompts, active))
+            return super().decode(state, prompts, active)
+
+    def gone(logits, k):  # a row that fails is not asked again
+        if k:
+            logits[0, 1].fill_(float("nan"))
+        return logits
+
+    options = {"mode": mode, "click_memory": memory, "clicks": 4, "tau_p": 1.0}
+    term = SemiSAMTerm(Noting(truth, [5, 3, 2], fail=gone), total_steps=TOTAL, **options)
+    for quiet in (True, False):
+        seen.clear()
+        with warnings.catch_warnings(), watched(monkeypatch) if quiet else contextlib.nullcontext():
+            warnings.simplefilter("ignore")
+            term(images, prob.clamp_min(1e-6).log(), prob, step=STEP)
+        assert all(batch.unpadded == quiet for batch, _ in seen)
+        assert all((batch.labels >= 0).all(2)[active].all() for batch, active in seen)
+        assert not seen[-1][1].all()
+
+
 @pytest.mark.parametrize("memory", ["last", "all"])
 @pytest.mark.parametrize("clicks", [1, 5])
 @pytest.mark.parametrize("doubt", ["late", "last", "all"])
@@ -689,7 +720,7 @@ def test_seeds_of_the_random_walker_are_the_same(monkeypatch, rng):
             torch.testing.assert_close(ours[1], theirs[1], atol=3e-5, rtol=0)
 
 
-class _Deterministic(TorchDispatchMode):
+class Deterministic(TorchDispatchMode):
     """Refuses what deterministic torch refuses of tensors on a GPU, as far as we might use it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -702,7 +733,7 @@ class _Deterministic(TorchDispatchMode):
 def test_generalists_may_be_asked_in_deterministic_trainings(sam, mode, monkeypatch):
     images, _, prob = scene()
     term = SemiSAMTerm([sam, "random-walker"], total_steps=TOTAL, mode=mode, clicks=2, sample_gate=0.0)
-    with watched(monkeypatch), _Deterministic():
+    with watched(monkeypatch), Deterministic():
         term(images, prob.clamp_min(1e-6).log(), prob, step=STEP)
     assert term.diagnostics["loss"] > 0
 

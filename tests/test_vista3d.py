@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from test_term import STEP, make, scene, student
+from test_term_device import TOTAL, Deterministic, both, same
+from test_term_device import scene as device_scene
+from watched import Waited, watched
 
-from semisam import generalists
+from semisam import SemiSAMTerm, generalists, ops
 from semisam.generalists import licences, vista3d
 from semisam.generalists.vista3d import Vista3D
 from semisam.prompts import PromptBatch
@@ -31,6 +35,15 @@ def small():
     points = monai.PointMappingSAM(feature_size=8, n_classes=512, last_supported=132)
     classes = monai.ClassMappingClassify(n_classes=512, feature_size=8)
     return monai.VISTA3D(image_encoder=encoder, class_head=classes, point_head=points)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small operators: threads that wait for each other would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +283,95 @@ def test_bad_prompts(network, images):
     )
     with pytest.raises(ValueError, match=r"prompts.boxes: expected None, as VISTA3D takes clicks alone"):
         made.decode(state, box)
+
+
+# ---- where nobody looks at a value --------------------------------------------------------------
+
+
+@pytest.fixture
+def many():
+    """A network whose head takes no more than 2 rows at once."""
+    made = small()
+    made.point_head.max_prompt = 2
+    with torch.no_grad():
+        for name, parameter in made.point_head.named_parameters():
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            )
+    return made
+
+
+@pytest.mark.parametrize("window", [None, (0.0, 1.0)])
+def test_nothing_waits_and_answers_are_the_same(many, images, window, monkeypatch):
+    """Known, special and zero-shot classes, in parts; `Deterministic`: as deterministic torch asks."""
+    options = {"network": many, "classes": (3, 25, 200, -1), "window": window, "resample_mm": 1.1}
+    made, waiting = Vista3D(**options, asynchronous=True), Vista3D(**options)
+    batch = clicks([[[1, 0]] * 4, [[0, 1]] * 4])
+    active = torch.tensor([[True, True, False, True], [False, False, True, False]])
+    state = waiting.encode(images, spacing=(1.0, 1.2, 1.1))
+    expected = waiting.decode(state, batch, active).logits
+    everything = waiting.decode(state, batch).logits
+    assert everything.std() > 0.1
+    said = replace(batch, unpadded=True)
+    with watched(monkeypatch), Deterministic():
+        ours = made.encode(images, spacing=(1.0, 1.2, 1.1))
+        given = made.decode(ours, said, active).logits
+        whole = made.decode(ours, said).logits
+        nobody = made.decode(ours, said, torch.zeros_like(active)).logits
+    for a, b in ((given, expected), (whole, everything)):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+    assert (given[~active] == -10).all()
+    assert (nobody == -10).all()
+    for other, prompts in ((waiting, said), (made, batch)):
+        with watched(monkeypatch), pytest.raises(Waited):
+            other.decode(ours, prompts, active)
+
+
+def test_a_round_looks_once(many, images, monkeypatch):
+    """At how many clicks each row has, if it is asked for at all; rows have different numbers."""
+    made = Vista3D(network=many)
+    batch = clicks([[[-1, 1], [1, 0], [-1, -1]], [[1, 0], [1, -1], [-1, -1]]])
+    active = torch.tensor([[True, True, False], [True, True, False]])
+    state = made.encode(images)
+    expected = made.decode(state, batch, active).logits
+    looks = []
+    look = made._clicks
+
+    def counted(prompts, active):
+        looks.append(0)
+        return table
+
+    table = look(batch, active)
+    assert table == [[1, 2, -1], [2, 1, -1]]
+    monkeypatch.setattr(made, "_clicks", counted)
+    with watched(monkeypatch), Deterministic():
+        given = made.decode(state, batch, active).logits
+    assert len(looks) == 1
+    torch.testing.assert_close(given, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["unc", "point"])
+def test_the_term_waits_for_nothing(many, mode, monkeypatch):
+    images, _, prob = device_scene(classes=3)
+    made = Vista3D(network=many, asynchronous=True)
+
+    def term():
+        return SemiSAMTerm(made, total_steps=TOTAL, mode=mode, clicks=2, sample_gate=0.0)
+
+    same(both(monkeypatch, term, images, prob))
+
+
+def test_a_head_of_ones_own_is_asked_as_it_is(many, images, monkeypatch):
+    class Own(monai.PointMappingSAM):
+        def forward(self, out, points, labels, class_vector=None):
+            return torch.ones(len(points), 1, *out.shape[2:])
+
+    many.point_head.__class__ = Own
+    with pytest.raises(
+        ValueError, match="asynchronous: expected a network with MONAI's PointMappingSAM, got Own"
+    ):
+        Vista3D(network=many, asynchronous=True)
+    made = Vista3D(network=many)
+    monkeypatch.setattr(ops, "stays", lambda device: True)
+    answer = made.decode(made.encode(images), clicks([[[1]], [[1]]]))
+    assert (answer.logits == 1).all()

@@ -117,6 +117,7 @@ class TermConfig:
     cache_ram_mb: int = 512  # MiB of memory for it
     cache_mb: int = 8192  # MiB of files for it
     position_prior: float = 0.0  # of an offline run: how strongly the place of organs in labeled scans counts
+    scan_device: str = "auto"  # where generalists are asked about whole scans: auto (as train.device) | cpu
 
 
 @dataclass
@@ -369,6 +370,7 @@ _CHOICES = {
     "train.precision": ("auto", "32", "bf16", "fp16"),
     "train.memory_format": ("auto", "contiguous", "channels_last"),
     "train.device": ("auto", "cpu", "cuda"),
+    "term.scan_device": ("auto", "cpu"),
 }
 _AT_LEAST = {
     "data.draw": 0,

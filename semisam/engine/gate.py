@@ -134,11 +134,12 @@ def source_label(config: Config, preprocessing: Preprocessing, case: Case) -> An
     return preprocessing.prepare_label(label, preprocessing.prepare(read_image(case)))
 
 
-def choose(term: Any, scans: Sequence[HeldOut]) -> dict[str, Any]:
+def choose(term: Any, scans: Sequence[HeldOut], *, device: Any = None) -> dict[str, Any]:
     """Let the term choose its source on held-out scans, and return what `SemiSAMTerm.calibrate` found.
 
     Where scans come with a position prior, too, it is used if the best candidate is better with it than
-    without; "position_prior" says so, and "without_prior" or "with_prior" has the other's scores.
+    without; "position_prior" says so, and "without_prior" or "with_prior" has the other's scores. The
+    generalists are asked on `device` (default: the CPU, where the scans are), scan by scan.
 
     >>> import numpy as np
     >>> from semisam.engine import gate
@@ -156,12 +157,12 @@ def choose(term: Any, scans: Sequence[HeldOut]) -> dict[str, Any]:
     images, labels = [scan.image for scan in scans], [scan.label for scan in scans]
     plain = [scan.probability for scan in scans]
     if any(scan.sharpened is None for scan in scans):
-        return {**term.calibrate(images, plain, labels, spacing), "position_prior": False}
+        return {**term.calibrate(images, plain, labels, spacing, device=device), "position_prior": False}
     state = term.state_dict()
-    sharp = term.calibrate(images, [scan.sharpened for scan in scans], labels, spacing)
+    sharp = term.calibrate(images, [scan.sharpened for scan in scans], labels, spacing, device=device)
     after = term.state_dict()
     term.load_state_dict(state)
-    found = term.calibrate(images, plain, labels, spacing)
+    found = term.calibrate(images, plain, labels, spacing, device=device)
     if max(sharp["scores"].values()) > max(found["scores"].values()):
         term.load_state_dict(after)
         return {**sharp, "position_prior": True, "without_prior": found["scores"]}

@@ -33,7 +33,7 @@ from semisam.engine.files import atomic, write_text
 from semisam.engine.position import PositionPrior
 from semisam.engine.sampling import PatchSource
 from semisam.engine.scans import Case
-from semisam.engine.setup import MAY_CHANGE, TrainingError
+from semisam.engine.setup import MAY_CHANGE, TrainingError, room_for_scans, scan_device
 from semisam.methods.base import PseudoLabel
 
 __all__ = [
@@ -176,9 +176,11 @@ def label_scans(
 
     A file belongs to the network's weights, the settings and the gate that it was made with: another one is
     made again. `network` is the teacher, or the student of a method without one; every scan is one pass of
-    sliding windows and one dialogue. With a `prior` the generalists are prompted by, and the labels doubted
-    with, the sharpened prediction. `tick` is called before every scan and may raise to stop. Raises
-    TrainingError if a file cannot be written.
+    sliding windows and one dialogue, both on the device of `fabric` (the dialogue on the CPU if
+    `term.scan_device` says so): one whole scan at a time lies there, its labels come back. With a `prior` the
+    generalists are prompted by, and the labels doubted with, the sharpened prediction. `tick` is called
+    before every scan and may raise to stop. Raises TrainingError if a file cannot be written, or if the
+    device's memory does not suffice.
 
     >>> import tempfile, torch
     >>> from pathlib import Path
@@ -212,27 +214,44 @@ def label_scans(
         if _read(place, case, mark) is not None:
             continue
         image = torch.from_numpy(np.ascontiguousarray(source.image(case)))
-        with fabric.autocast():
-            prob = inference.sliding_window(network, image, config.train.patch_size, device=fabric.device)
-        if prior is not None:
-            prob = torch.from_numpy(prior.sharpen(prob.cpu().numpy()))
         options = {"step": step, "sample_ids": [number], "spacing": source.spacing_of(case)}
-        made = term.teach(image[None], prob[None].cpu(), **options)
-        space = tuple(image.shape[1:])
-        if made is None:  # the teacher sees nothing here, or the generalist failed
-            planes = labels.of("", space)
+        with room_for_scans(config, f"{case.id} {tuple(image.shape[1:])}"):
+            found = _taught(config, network, term, image, fabric, prior, options)
+        if found is None:  # the teacher sees nothing here, or the generalist failed
+            planes, foreground = labels.of("", tuple(image.shape[1:])), 0
         else:
-            planes = labels.encoded(
-                *(a[0].cpu().numpy() for a in (made.target, made.weight, made.uncertainty))
-            )
+            *maps, foreground = found
+            planes = labels.encoded(*maps)
         row = {
             "case": case.id,
             "weight": float(planes[-2].mean(dtype=np.float64) / 255),
             "agreement": term.diagnostics["agreement"],
             "uncertainty": float(planes[-1].mean(dtype=np.float64) / 255),
-            "foreground_voxels": 0 if made is None else int((made.label[0] > 0).sum()),
+            "foreground_voxels": foreground,
         }
         _write(place, case, {"planes": planes, "mark": np.array(mark), "row": np.array(json.dumps(row))})
+
+
+def _taught(
+    config: Config, network: Any, term: Any, image: Any, fabric: Any, prior: Any, options: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """Target, weight and doubt of a scan as arrays, and its foreground voxels; None where nothing came of it.
+
+    A function of its own so that nothing of the scan is left on the device when the next one comes.
+    """
+    device = scan_device(config, fabric.device)
+    sums = None if device == fabric.device else device
+    with fabric.autocast():
+        prob = inference.sliding_window(
+            network, image, config.train.patch_size, device=fabric.device, accumulate=sums
+        )
+    if prior is not None:
+        prob = torch.from_numpy(prior.sharpen(prob.cpu().numpy()))
+    made = term.teach(image[None].to(device), prob[None].to(device), **options)
+    if made is None:
+        return None
+    maps = (a[0].cpu().numpy() for a in (made.target, made.weight, made.uncertainty))
+    return *maps, int((made.label[0] > 0).sum())
 
 
 def first_stage(config: Config) -> Config | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,19 @@ from semisam import specialists
 from semisam.engine.config import PUBLISHED, Config, ConfigError, cache_of, differences
 from semisam.engine.config import load as load_config
 
-__all__ = ["TrainingError", "build_term", "check_data", "check_folder", "check_patch", "overlaps"]
+__all__ = [
+    "TrainingError",
+    "build_term",
+    "check_data",
+    "check_folder",
+    "check_patch",
+    "overlaps",
+    "room_for_scans",
+    "scan_device",
+]
 
 MAY_CHANGE = {
-    *("data.root", "data.workers", "data.cache", "train.device"),
+    *("data.root", "data.workers", "data.cache", "train.device", "term.scan_device"),
     *("train.log_every", "train.checkpoint_every", "train.tensorboard"),
     *("term.cache", "term.cache_ram_mb", "term.cache_mb"),
 }
@@ -24,6 +35,53 @@ MAY_CHANGE = {
 
 class TrainingError(RuntimeError):
     """A run that cannot start or go on; the text says what to do."""
+
+
+def scan_device(config: Config, training: Any) -> Any:
+    """Return the device on which generalists are asked about whole scans; `training` is the training's.
+
+    >>> import torch
+    >>> from semisam.engine import config, setup
+    >>> made = config.load(settings=[("term.scan_device", "cpu")])
+    >>> [setup.scan_device(c, torch.device("cuda", 1)) for c in (config.Config(), made)]
+    [device(type='cuda', index=1), device(type='cpu')]
+    """
+    import torch  # noqa: PLC0415
+
+    return training if config.term.scan_device == "auto" else torch.device(config.term.scan_device)
+
+
+@contextmanager
+def room_for_scans(config: Config, what: str) -> Iterator[None]:
+    """Raise TrainingError that says which setting to lower where a GPU has no room for whole scans (`what`).
+
+    >>> import torch
+    >>> from semisam.engine import config, setup
+    >>> with setup.room_for_scans(config.Config(), "scan_01"):
+    ...     raise torch.OutOfMemoryError("CUDA out of memory")
+    Traceback (most recent call last):
+    semisam.engine.setup.TrainingError: scan_01: the GPU's memory does not suffice for a whole scan: ...
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        term = config.term
+        clicks = term.options.get("clicks", "the preset's")
+        raise TrainingError(
+            f"{what}: the GPU's memory does not suffice for a whole scan: lower term.options.clicks (now "
+            f"{clicks}; the answers to all of them are kept), or set term.scan_device (now "
+            f"{term.scan_device}) to cpu, which is slower, and continue with --resume "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error is a GPU's lack of memory, or one that `inference.sliding_window` made of it."""
+    import torch  # noqa: PLC0415
+
+    return any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__cause__))
 
 
 def build_term(config: Config, spatial_dims: int | None = None, classes: int = 1) -> Any:

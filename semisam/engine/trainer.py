@@ -34,7 +34,17 @@ from semisam.engine.preprocess import Preprocessing
 from semisam.engine.progress import progress, say
 from semisam.engine.published import LeakedLabels
 from semisam.engine.sampling import PatchSource
-from semisam.engine.setup import TrainingError, build_term, check_data, check_folder, check_patch, overlaps
+from semisam.engine.setup import (
+    TrainingError,
+    build_term,
+    check_data,
+    check_folder,
+    check_patch,
+    is_out_of_memory,
+    overlaps,
+    room_for_scans,
+    scan_device,
+)
 from semisam.engine.stepper import NotFinite, Stepper, fabric_for
 from semisam.generalists.cache import can_be_cached
 
@@ -126,14 +136,16 @@ def train(
                 seconds = _first_stage(config, first, Path(out), resume, *given)
                 resume = True  # the folder is there now
             return _Training(config, Path(out), resume, *given, seconds=seconds).run()
-    except torch.OutOfMemoryError as error:
-        t = config.train
-        raise TrainingError(
-            f"the GPU's memory does not suffice: lower train.batch_size (now {t.batch_size}), "
-            f"train.patch_size (now {t.patch_size}) or train.precision (now {t.precision}; bf16 and fp16 "
-            f"take half); train.accumulate makes up for a smaller batch ({str(error).splitlines()[0]})"
-        ) from error
+    except TrainingError:
+        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            t = config.train
+            raise TrainingError(
+                f"the GPU's memory does not suffice: lower train.batch_size (now {t.batch_size}), "
+                f"train.patch_size (now {t.patch_size}) or train.precision (now {t.precision}; bf16 and fp16 "
+                f"take half); train.accumulate makes up for a smaller batch ({str(error).splitlines()[0]})"
+            ) from error
         if "DataLoader worker" not in str(error):
             raise
         raise TrainingError(
@@ -578,7 +590,8 @@ class _Training:
                 f"{self.config.train.lr}), set train.clip_gradient, or look at the labeled images"
             ) from error
         if self.first:
-            found = gate.choose(self.term, scans)
+            with room_for_scans(self.config, "gate"):
+                found = gate.choose(self.term, scans, device=scan_device(self.config, self.fabric.device))
             say(f"gate: {gate.sentence(found)}")
             self.meta["gate"] = found
         self._share_term()

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from semisam import ops, prompts, weights
 from semisam.fetch import Weights
 from semisam.generalists import sam_names
+from semisam.generalists._ranks import at_shares
 from semisam.generalists.cache import WeightsHash
 from semisam.generalists.precision import autocast, bring, check_precision
 from semisam.generalists.protocol import Decoded, GeneralistSpec
@@ -68,6 +69,12 @@ class Sam:
     coordinates, runs in float32. `encode_batch` images and `decode_batch` rows are computed at once. The
     model follows the images' device. It is frozen: in evaluation mode, without gradient.
 
+    On a GPU the term's questions about images make nobody wait: all rows are decoded, and those that were not
+    asked for are covered. Questions about volumes do: the host has to know which slices show a class, for
+    asking all of them would cost a pass of the encoder each, and in each round which rows are asked for, as
+    most classes are in few slices. So do prompts of other callers, unless they are `unpadded`: the model
+    cannot hide a row's padding, and rows are decoded by their number of clicks.
+
     Raises ValueError for files that do not fit (with what differs) and settings out of range, OSError for
     weights that are not there, ImportError without transformers (`pip install 'semisam[hf]'`). Paper:
     Kirillov et al., Segment Anything (arXiv 2304.02643).
@@ -95,6 +102,7 @@ class Sam:
             "facebook/sam-vit-base", snapshot=True, page="https://huggingface.co/facebook/sam-vit-base"
         ),
         training_list="published",
+        asynchronous=True,
     )
     model_class: ClassVar[str] = "SamModel"
     model_types: ClassVar[tuple[str, ...]] = ("sam",)
@@ -185,7 +193,7 @@ class Sam:
         # On the CPU one by one, which is as fast there and rounds alike in every batch.
         for part in images.split(1 if images.device.type == "cpu" else self.encode_batch):
             pixels = self._pixels(part)
-            with context:
+            with context, _at(images.device):
                 maps = self.model.get_image_embeddings(pixels)
             parts.append([m.to(kind) for m in (maps if isinstance(maps, (list, tuple)) else [maps])])
         return SquareState(tuple(torch.cat(maps) for maps in zip(*parts, strict=True)), shape)
@@ -198,22 +206,28 @@ class Sam:
         row's answer does not depend on what else is in the batch. `low_res` are the decoder's logits, the
         next round's mask prompt.
 
-        Raises ValueError for prompts that do not fit the images and for a row without any prompt.
+        Raises ValueError for prompts that do not fit the images and for a row without any prompt; on a GPU,
+        where prompts are `unpadded`, such a row's answer is NaN.
         """
         batch, classes, _ = prompts.labels.shape
         self._check(state, prompts, active)
         device, side = state.features[0].device, self.mask_side
-        low = torch.full((batch * classes, side, side), _UNASKED, device=device)
-        rows = torch.ones(len(low), dtype=torch.bool, device=device)
+        rows = torch.ones(batch * classes, dtype=torch.bool, device=device)
         if active is not None:
             rows = active.reshape(-1).to(rows)
         bring(self.model, device)
-        for index, sent in self._groups(prompts, rows, device):
-            maps = [m[index // classes].float() for m in state.features]
-            low[index] = self._answer(maps, sent)
-        logits = torch.full((len(low), *state.shape), _UNASKED, device=device)
-        down, across = (m.to(device) for m in self._to_patch(state.shape))
-        logits[rows] = down @ low[rows] @ across.T
+        down, across = self._to_patch(state.shape, device)
+        if prompts.unpadded and ops.stays(device):
+            low = self._all_rows(state, prompts)
+            asked = rows[:, None, None]
+            low, logits = (torch.where(asked, x, _UNASKED) for x in (low, down @ low @ across.T))
+        else:
+            low = torch.full((len(rows), side, side), _UNASKED, device=device)
+            for index, sent in self._groups(prompts, rows, device):
+                maps = [m[index // classes].float() for m in state.features]
+                low[index] = self._answer(maps, sent)
+            logits = torch.full((len(low), *state.shape), _UNASKED, device=device)
+            logits[rows] = down @ low[rows] @ across.T
         low = low.clamp(-self.largest_logit, self.largest_logit)
         head = (batch, classes)
         return Decoded(logits.reshape(*head, *state.shape), low.reshape(*head, side, side))
@@ -224,7 +238,7 @@ class Sam:
         They go where the image went, and are 0 around it; then cells are averaged (`prompts.mask_logits`).
         """
         side = (self.mask_side,) * 2
-        down, across = (m.to(prob.device) for m in self._to_prompt(state.shape))
+        down, across = self._to_prompt(state.shape, prob.device)
         square = (down @ prob.float().flatten(0, 1) @ across.T).clamp(0, 1)
         made: Tensor = prompts.mask_logits(square, side)
         return made.reshape(*prob.shape[:2], *side)
@@ -276,24 +290,25 @@ class Sam:
         return F.pad(pixels, (0, self.side - size[1], 0, self.side - size[0]))
 
     def _normalised(self, shown: Tensor) -> Tensor:
-        mean, deviation = (torch.tensor(v, device=shown.device)[:, None, None] for v in self.normalisation)
-        return (shown - mean) / deviation
+        numbers = [ops.numbers(v, torch.float32, shown.device)[:, None, None] for v in self.normalisation]
+        normalised: Tensor = (shown - numbers[0]) / numbers[1]
+        return normalised
 
-    def _to_patch(self, shape: Sequence[int]) -> list[Tensor]:
+    def _to_patch(self, shape: Sequence[int], device: torch.device) -> list[Tensor]:
         """Per axis, the matrix from the decoder's logits to the patch's.
 
         Up to the square, without its padding, to the patch's size, each time linearly between neighbours:
         every axis by itself, so that [n, mask_side] matrices do all of it and the square is never made.
         """
-        cells = torch.eye(self.mask_side)[None]
+        cells = torch.eye(self.mask_side, device=device)[None]
         sizes = zip(shape, self._resized(shape), strict=True)
         return [_linear(_linear(cells, self.side)[..., :m], n)[0].T for n, m in sizes]
 
-    def _to_prompt(self, shape: Sequence[int]) -> list[Tensor]:
+    def _to_prompt(self, shape: Sequence[int], device: torch.device) -> list[Tensor]:
         """Per axis, the matrix from the patch's probabilities to averages over the mask prompt's cells."""
         made = []
         for n, m in zip(shape, self._resized(shape), strict=True):
-            square = F.pad(_linear(torch.eye(n)[None], m), (0, self.side - m))
+            square = F.pad(_linear(torch.eye(n, device=device)[None], m), (0, self.side - m))
             made.append(F.adaptive_avg_pool1d(square, self.mask_side)[0].T)
         return made
 
@@ -318,10 +333,7 @@ class Sam:
             if not kind and folded.boxes is None:
                 row = int((rows & (kinds == 0)).nonzero()[0])
                 classes = batch.labels.shape[1]
-                raise ValueError(
-                    f"{type(self).__name__}.decode(): prompts: expected a click, a mask prompt or a box for "
-                    f"every row asked for, got none for sample {row // classes}, class {row % classes + 1}"
-                )
+                raise self._no_prompt(f"none for sample {row // classes}, class {row % classes + 1}")
             for index in (rows & (kinds == kind)).nonzero()[:, 0].split(self.decode_batch):
                 own = PromptBatch(
                     batch.shape,
@@ -332,15 +344,71 @@ class Sam:
                 )
                 yield index, own.to_hf(self.side, keep_aspect=self.keep_aspect)
 
-    def _answer(self, maps: list[Tensor], sent: dict[str, Any]) -> Tensor:
-        """Logits [n, mask_side, mask_side] of n rows, one mask each."""
+    def _no_prompt(self, got: str) -> ValueError:
+        return ValueError(
+            f"{type(self).__name__}.decode(): prompts: expected a click, a mask prompt or a box for "
+            f"every row asked for, got {got}"
+        )
+
+    def _all_rows(self, state: SquareState, batch: PromptBatch) -> Tensor:
+        """Logits [B * F, mask_side, mask_side] of all rows, whatever is asked for: no value is looked at."""
+        device, classes = state.features[0].device, batch.labels.shape[1]
+        folded = batch.fold_classes()
+        masks = None if folded.mask_logits is None else folded.mask_logits.to(device).float()
+        drawn = None if masks is None else (masks != 0).flatten(1).any(1)
+        alone = not folded.labels.shape[2] and folded.boxes is None
+        if alone and drawn is None:
+            raise self._no_prompt("none at all")
+        made = []
+        for first in range(0, len(folded.labels), self.decode_batch):
+            part = slice(first, first + self.decode_batch)
+            own = PromptBatch(
+                batch.shape,
+                folded.points[part].to(device),
+                folded.labels[part].to(device),
+                None if folded.boxes is None else folded.boxes[part].to(device),
+                None if masks is None else masks[part],
+            )
+            index = torch.arange(first, first + len(own.labels), device=device) // classes
+            maps = [m[index].float() for m in state.features]
+            sent = own.to_hf(self.side, keep_aspect=self.keep_aspect)
+            made.append(self._answer(maps, sent, None if drawn is None else drawn[part]))
+        low = torch.cat(made)
+        return torch.where(drawn[:, None, None], low, torch.nan) if alone and drawn is not None else low
+
+    def _answer(self, maps: list[Tensor], sent: dict[str, Any], drawn: Tensor | None = None) -> Tensor:
+        """Logits [n, mask_side, mask_side] of n rows, one mask each; `drawn` [n]: has a mask prompt."""
         embeddings = maps if len(maps) > 1 else maps[0]
-        out = self.model(image_embeddings=embeddings, multimask_output=self.multimask, **sent)
+        with ExitStack() as stack:
+            if ops.stays(maps[0].device):
+                stack.enter_context(self._places_without_sums())
+                stack.enter_context(_at(maps[0].device))
+            if drawn is not None:
+                stack.enter_context(_mask_prompts_of(self.model.prompt_encoder, drawn))
+            out = self.model(image_embeddings=embeddings, multimask_output=self.multimask, **sent)
         masks: Tensor = out.pred_masks[:, 0].float()
         if masks.shape[1] == 1:
             return masks[:, 0]
         best = out.iou_scores[:, 0].argmax(1)
         return masks[torch.arange(len(masks), device=best.device), best]
+
+    @contextmanager
+    def _places_without_sums(self) -> Iterator[None]:
+        """The codes of the image's places from numbers, not from sums over ones (`cumsum`).
+
+        The same values; sums are refused on a GPU where torch is to be deterministic.
+        """
+        size = self.model.prompt_encoder.image_embedding_size
+        code = self.model.shared_image_embedding
+        like = code.positional_embedding
+        down, across = ((torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n for n in size)
+        grid = torch.stack([across.expand(*size), down[:, None].expand(*size)], -1)
+        places = code(grid).permute(2, 0, 1)[None]
+        self.model.get_image_wide_positional_embeddings = lambda: places
+        try:
+            yield
+        finally:
+            del self.model.get_image_wide_positional_embeddings
 
     def _check(self, state: SquareState, batch: PromptBatch, active: Any) -> None:
         who = f"{type(self).__name__}.decode(): "
@@ -456,8 +524,9 @@ class MedSam(Sam):
 
     def _check(self, state: SquareState, batch: PromptBatch, active: Any) -> None:
         super()._check(state, batch, active)
-        for name, given in (("points", bool((batch.labels >= 0).any())), ("mask_logits", batch.mask_logits)):
-            if given is not None and given is not False:
+        clicks = batch.labels.shape[2] > 0 and (batch.unpadded or bool((batch.labels >= 0).any()))
+        for name, given in (("points", clicks), ("mask_logits", batch.mask_logits is not None)):
+            if given:
                 raise ValueError(
                     f"MedSam.decode(): prompts.{name}: expected none, as MedSAM knows boxes alone, got some"
                 )
@@ -471,8 +540,7 @@ def _displayed(images: Tensor, window: tuple[float, float] | None) -> Tensor:
     n, channels = images.shape[:2]
     if window is None:
         rows = images.reshape(n, -1) if channels == 3 else images.flatten(2).flatten(0, 1)
-        last = rows.shape[1] - 1
-        low, high = (rows.kthvalue(1 + round(q * last), 1).values for q in (_DARK, _BRIGHT))
+        low, high = at_shares(rows, (_DARK, _BRIGHT))
         flat = low == high  # few voxels differ from the rest: they matter
         least, most = rows.aminmax(dim=1)
         low, high = torch.where(flat, least, low), torch.where(flat, most, high)
@@ -484,6 +552,27 @@ def _displayed(images: Tensor, window: tuple[float, float] | None) -> Tensor:
     if channels == 3:
         return shown
     return shown.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+
+
+def _at(device: torch.device) -> Any:
+    """Where values stay: what a model makes without saying where, such as tables of places, is made there."""
+    return device if ops.stays(device) else nullcontext()
+
+
+@contextmanager
+def _mask_prompts_of(encoder: Any, drawn: Tensor) -> Iterator[None]:
+    """Rows [n] that are not `drawn` have no mask prompt for a model that knows all or none."""
+
+    def hook(module: Any, _: Any, made: Any) -> Any:
+        sparse, dense = made
+        nothing = module.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        return sparse, torch.where(drawn.reshape(-1, 1, 1, 1), dense, nothing)
+
+    handle = encoder.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _linear(signals: Tensor, size: int) -> Tensor:

@@ -33,9 +33,12 @@ class GeneralistSpec:
     ("related: ..." of scans of another name that may be in part the same), and `training_list` what is known
     of the others: "none" (it was not trained), "published" (there is a list without them), "" (not stated).
 
-    `asynchronous` is a promise about images on a GPU: `encode`, `decode` and `mask_prompt` look at no value
-    of a tensor and copy nothing from the host, so that the host need not wait. The term then asks for every
-    round without knowing what came of the last one: `active` may have no row at all.
+    `asynchronous` is a promise about images on a GPU: `encode`, `mask_prompt`, and `decode` of prompts that
+    are `unpadded`, look at no value of a tensor and copy nothing from the host, so that the host need not
+    wait. The term then asks for every round without knowing what came of the last one: `active` may have no
+    row at all. The host waits nevertheless for slices of volumes, as it has to know which of them show a
+    class, for each costs a pass of the encoder, and with a cache of states, which knows images by their
+    values.
 
     >>> from semisam.generalists.protocol import GeneralistSpec
     >>> GeneralistSpec("mine", spatial_dims=(3,), prompts=frozenset({"points"})).mask_size is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from semisam import ops, weights
 from semisam.fetch import Weights
 from semisam.generalists import licences
+from semisam.generalists._ranks import at_shares
 from semisam.generalists.cache import WeightsHash
 from semisam.generalists.precision import autocast, bring, check_precision
 from semisam.generalists.protocol import Decoded, GeneralistSpec
@@ -77,6 +79,11 @@ class Vista3D:
     encoder and features; the head, which handles coordinates, runs in float32. The network follows the
     images' device. It is frozen: in evaluation mode, without gradient.
 
+    On a GPU the host waits once in each round: to know which rows are asked for, and how many clicks they
+    have. With `asynchronous` the term waits for nothing (`GeneralistSpec`): every class of every patch goes
+    through the head then, whether the specialist sees it there or not. One row of 128^3 voxels costs there
+    more than a wait does, so that it pays where nearly all are asked for, as with a single class.
+
     Raises ImportError without MONAI, ValueError for a file that does not fit (with what differs) and settings
     out of range, OSError for one that cannot be read. The licence of the weights is said once, on standard
     error. Not run here with the published weights. Paper: He et al., VISTA3D (arXiv 2406.05285).
@@ -116,6 +123,7 @@ class Vista3D:
         window: Sequence[float] | None = None,
         resample_mm: float | None = None,
         precision: str = "auto",
+        asynchronous: bool = False,
     ) -> None:
         """Build the network and load the weights once."""
         who = "Vista3D()"
@@ -143,7 +151,15 @@ class Vista3D:
         self.special, self.precision, self.resample_mm = tuple(special), precision, resample_mm
         self.window = None if window is None else (float(window[0]), float(window[1]))
         self.factor = tuple(int(n) for n in self.network.image_encoder.shape_factor())
-        self.spec = replace(self.spec, max_classes=None if self.classes is None else len(self.classes))
+        monai = sys.modules.get("monai.networks.nets.vista3d")  # who has such a network has loaded it
+        self._knows_head = type(self.network.point_head) is getattr(monai, "PointMappingSAM", None)
+        if asynchronous and not self._knows_head:
+            found = type(self.network.point_head).__name__
+            raise ValueError(
+                f"{who}: asynchronous: expected a network with MONAI's PointMappingSAM, got {found}"
+            )
+        most = None if self.classes is None else len(self.classes)
+        self.spec = replace(self.spec, max_classes=most, asynchronous=bool(asynchronous))
 
     @torch.no_grad()
     def encode(self, images: Any, *, spacing: Sequence[float] | None = None) -> FeatureState:
@@ -178,24 +194,29 @@ class Vista3D:
         Raises ValueError for prompts that do not fit the images, more classes than `classes` has numbers
         for, and a row without a click.
         """
-        batch, f, _ = prompts.labels.shape
+        batch, f, k = prompts.labels.shape
         self._check(state, prompts, active)
         device = state.features[0].device
         logits = torch.full((batch, f, *state.shape), _UNASKED, device=device)
-        if active is None:
-            active = torch.ones(batch, f, dtype=torch.bool)
-        scale = [m / n for m, n in zip(state.resampled, state.shape, strict=True)]
-        at = (prompts.points.to(device).double() + 0.5) * torch.tensor(scale, device=device) - 0.5
-        moved = PromptBatch(state.resampled, at, prompts.labels.to(device))
         numbers = self.classes[:f] if self.classes else (_UNNAMED,) * f
+        quiet = self.spec.asynchronous and prompts.unpadded and ops.stays(device)
+        clicks = [[k] * f] * batch if quiet else self._clicks(prompts, active)
+        scale = ops.numbers(
+            [m / n for m, n in zip(state.resampled, state.shape, strict=True)], torch.float32, device
+        )
+        at = (prompts.points.to(device).double() + 0.5) * scale - 0.5
+        moved = PromptBatch(state.resampled, at, prompts.labels.to(device))
         for b, sample in enumerate(moved.to_vista3d(numbers, self.special)):
-            for rows, points, labels in _by_clicks(sample, active[b].to(device)):
-                made = self.network.point_head(
-                    state.features[b].float(), points, labels, class_vector=sample["prompt_class"][rows]
-                )
+            points, labels = _clicks_first(sample)
+            for rows, count in _by_clicks(clicks[b]):
+                own = [torch.stack([array[row, :count] for row in rows]) for array in (points, labels)]
+                made = self._head(state.features[b].float(), own[0], own[1], [numbers[r] for r in rows])
                 d, h, w = state.resampled
-                inside = made[:, :, :d, :h, :w]
-                logits[b, rows] = _resize(inside.float(), state.shape)[:, 0]
+                answers = _resize(made[:, :, :d, :h, :w].float(), state.shape)
+                for row, answer in zip(rows, answers, strict=True):
+                    logits[b, row] = answer[0]
+        if quiet and active is not None:
+            logits = torch.where(active.to(device)[:, :, None, None, None], logits, _UNASKED)
         return Decoded(logits, logits)
 
     def fingerprint(self) -> str:
@@ -225,18 +246,15 @@ class Vista3D:
     def _scaled(self, grey: Tensor) -> Tensor:
         """[B, 1, *S] to 0 .. 1."""
         if self.window is not None:
-            low = torch.tensor(self.window[0], device=grey.device).expand(len(grey))
-            high = torch.tensor(self.window[1], device=grey.device).expand(len(grey))
+            low, high = (torch.full((len(grey),), v, device=grey.device) for v in self.window)
         else:
-            flat, count = grey.flatten(1), grey[0].numel()  # torch.quantile takes 2^24 numbers at most
-            low = flat.kthvalue(1 + round(0.01 * (count - 1)), dim=1).values
-            high = flat.kthvalue(1 + round(0.99 * (count - 1)), dim=1).values
+            low, high = at_shares(grey.flatten(1), (0.01, 0.99))
         extent = (high - low).clamp_min(1e-8)  # a constant image becomes 0
         return ((grey - low[:, None, None, None, None]) / extent[:, None, None, None, None]).clamp(0, 1)
 
     def _check(self, state: FeatureState, batch: PromptBatch, active: Any) -> None:
         who = "Vista3D.decode(): "
-        n, f, _ = batch.labels.shape
+        n, f, k = batch.labels.shape
         if batch.shape != state.shape or n != len(state.features):
             raise ValueError(
                 f"{who}prompts: expected {len(state.features)} samples of the images' shape {state.shape}, "
@@ -249,27 +267,77 @@ class Vista3D:
                 )
         if self.classes is not None and f > len(self.classes):
             raise ValueError(f"{who}prompts: expected {len(self.classes)} classes at most, got {f}")
-        asked = torch.ones(n, f, dtype=torch.bool) if active is None else active.cpu()
-        if tuple(asked.shape) != (n, f):
-            raise ValueError(f"{who}active: expected shape {(n, f)}, got {tuple(asked.shape)}")
-        silent = asked & ~(batch.labels.cpu() >= 0).any(2)
-        if bool(silent.any()):
-            b, c = silent.nonzero()[0].tolist()
-            raise ValueError(
-                f"{who}prompts: expected a click for every row, got none for sample {b}, class {c + 1}"
-            )
+        if active is not None and tuple(active.shape) != (n, f):
+            raise ValueError(f"{who}active: expected shape {(n, f)}, got {tuple(active.shape)}")
+        if not k:
+            raise ValueError(f"{who}prompts: expected a click for every row, got none at all")
+
+    def _clicks(self, batch: PromptBatch, active: Any) -> list[list[int]]:
+        """How many clicks every row has, -1 if it is not asked for: what a round looks at, all at once."""
+        clicks = (batch.labels >= 0).sum(2)
+        if active is not None:
+            clicks = torch.where(active.to(clicks.device), clicks, -1)
+        found: list[list[int]] = clicks.tolist()
+        for b, counts in enumerate(found):
+            if 0 in counts:
+                raise ValueError(
+                    f"Vista3D.decode(): prompts: expected a click for every row, got none for sample {b}, "
+                    f"class {counts.index(0) + 1}"
+                )
+        return found
+
+    def _head(self, features: Tensor, points: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        """Logits [n, 1, *padded] of rows with clicks [n, k] on one image."""
+        head = self.network.point_head
+        if ops.stays(features.device) and self._knows_head:
+            return _logits(head, features, points, labels, numbers)
+        vector = torch.tensor(numbers)[:, None]  # the head only compares them one by one
+        made: Tensor = head(features, points, labels, class_vector=vector)
+        return made
 
 
-def _by_clicks(sample: dict[str, Any], active: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(rows, points, labels) of the rows asked for, by their number of clicks, without padding."""
+def _by_clicks(counts: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+    """(rows, number of clicks) of the rows asked for."""
+    for k in sorted(set(counts) - {-1}):
+        yield [row for row, count in enumerate(counts) if count == k], k
+
+
+def _clicks_first(sample: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Points and labels of all rows, clicks in their order, and padding behind them."""
     labels, points = sample["point_labels"], sample["point_coords"]
     order = (labels < 0).to(torch.uint8).argsort(dim=1, stable=True)
-    labels = labels.gather(1, order)
-    points = points.gather(1, order[..., None].expand_as(points))
-    clicks = (labels >= 0).sum(1)
-    for k in torch.unique(clicks[active]).tolist():
-        rows = (active & (clicks == k)).nonzero()[:, 0]
-        yield rows, points[rows, :k], labels[rows, :k]
+    return points.gather(1, order[..., None].expand_as(points)), labels.gather(1, order)
+
+
+def _logits(head: Any, features: Tensor, points: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+    """What MONAI's `PointMappingSAM` answers, by masks and without sums (`cumsum`).
+
+    It picks the clicks of each label out, compares class numbers one by one and gives torch's spare memory
+    back to the GPU: for each the host waits, and for the memory torch asks anew. Deterministic torch refuses
+    its sums over ones, from which it makes the places of voxels.
+    """
+    low = head.feat_downsample(features)
+    code = head.pe_layer.forward_with_coords
+    negative, positive = (embedding.weight for embedding in head.point_embeddings)
+    special = head.special_class_embed.weight
+    kinds = torch.cat([negative, positive, negative + special, positive + special])  # labels 0, 1, 2, 3
+    clicks = code(points + 0.5, tuple(features.shape[2:])) + kinds[labels.clamp_min(0)]
+    clicks = torch.where(labels[..., None] < 0, head.not_a_point_embed.weight, clicks)
+    named = [head.zeroshot_embed if n > head.last_supported else head.supported_embed for n in numbers]
+    output = head.mask_tokens.weight.expand(len(points), 1, -1)
+    tokens = torch.cat([output, clicks, torch.stack([embedding.weight for embedding in named])], 1)
+    size = tuple(low.shape[2:])
+    axes = [torch.arange(n, device=low.device) + 0.5 for n in size]
+    places = code(torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, 3), size)
+    places = places.mT.reshape(1, -1, *size)
+    made = []
+    for part in torch.split(tokens, head.max_prompt):
+        shown, where = (x.expand(len(part), *x.shape[1:]) for x in (low, places))
+        answers, shown = head.transformer(shown, where, part)
+        factors = head.output_hypernetworks_mlps(answers[:, :1])
+        fine = head.output_upscaling(shown.mT.reshape(len(part), -1, *size))
+        made.append((factors @ fine.flatten(2)).reshape(len(part), 1, *fine.shape[2:]))
+    return torch.cat(made)
 
 
 def _resize(x: Tensor, shape: tuple[int, ...]) -> Tensor:
