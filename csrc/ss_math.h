@@ -92,18 +92,17 @@ SS_FN float ss_logf(float x) {
     return x == x ? y : x;
 }
 
-/* 2^c for |c| <= 125, and nothing else. The fraction goes through a degree-5 polynomial; relative
- * error 1.6e-7. */
+/* 2^c for |c| <= 125, and nothing else. The fraction goes through a degree-5 polynomial, summed in
+ * a tree: a chain of operations that wait for each other is what it costs. Relative error 1.9e-7.
+ */
 SS_FN float ss_exp2_inside(float c) {
     const float big = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     float t = c + big;
     float f = c - (t - big); /* exact */
-    float p = 1.326472731e-03f;
-    p = p * f + 9.671512991e-03f;
-    p = p * f + 5.550733581e-02f;
-    p = p * f + 2.402224243e-01f;
-    p = p * f + 6.931470037e-01f;
-    p = p * f + 1.0f;
+    float f2 = f * f;
+    float p =
+        (f * 5.550733581e-02f + 2.402224243e-01f) + f2 * (f * 1.326472731e-03f + 9.671512991e-03f);
+    p = (f * 6.931470037e-01f + f2 * p) + 1.0f;
     /* The low bits of t are the integer. */
     return ss_bits_f32(ss_f32_bits(p) + (ss_f32_bits(t) << 23));
 }
@@ -118,20 +117,16 @@ SS_FN float ss_exp2_bounded(float y) {
 }
 
 /* ln x for normal positive x, and nothing else: what p ln p with a floor under p needs. x = m 2^e
- * with m in [sqrt(1/2), sqrt 2); absolute error 1e-7 + 1e-7 |ln x|. */
+ * with m in [sqrt(1/2), sqrt 2), summed in a tree; absolute error 1.1e-7 + 1.1e-7 |ln x|. */
 SS_FN float ss_log_bounded(float x) {
     int32_t shifted = (int32_t)(ss_f32_bits(x) - 0x3f3504f3u);
     float m = ss_bits_f32((uint32_t)((shifted & 0x007fffff) + 0x3f3504f3));
     float r = m - 1.0f;
     float z = r * r;
-    float p = 8.672189713e-02f;
-    p = p * r - 1.437900811e-01f;
-    p = p * r + 1.497799307e-01f;
-    p = p * r - 1.656442583e-01f;
-    p = p * r + 1.995487511e-01f;
-    p = p * r - 2.500169873e-01f;
-    p = p * r + 3.333416581e-01f;
-    p = p * r - 0.5f;
+    float p =
+        (r * 8.672189713e-02f - 1.437900811e-01f) * z + (r * 1.497799307e-01f - 1.656442583e-01f);
+    p = p * (z * z) +
+        ((r * 1.995487511e-01f - 2.500169873e-01f) * z + (r * 3.333416581e-01f - 0.5f));
     return (p * z + r) + (float)(shifted >> 23) * 6.93147181e-1f;
 }
 

@@ -30,11 +30,11 @@ typedef struct facing {
 
 static const facing facing_6[] = {{0, -1, 0, 1, 1}, {-1, 0, 0, 1, 1}};
 static const facing facing_18[] = {
-    {0, -1, 1, 1, 1}, {-1, -1, 0, 1, 1}, {-1, 0, 1, 1, 1}, {-1, 1, 0, 1, 1}};
+    {0, -1, 1, 1, 1}, {-1, 0, 1, 1, 1}, {-1, -1, 0, 1, 1}, {-1, 1, 0, 1, 1}};
 static const facing facing_all[] = {
-    {0, -1, 1, 1, 1}, {-1, -1, 1, 1, 1}, {-1, 0, 1, 1, 1}, {-1, 1, 1, 1, 1}};
+    {0, -1, 1, 1, 1}, {-1, 0, 1, 1, 1}, {-1, -1, 1, 1, 1}, {-1, 1, 1, 1, 1}};
 static const facing facing_26[] = {
-    {0, -1, 1, 1 | 4, 2 | 8}, {-1, -1, 1, 1, 8}, {-1, 0, 1, 1 | 2, 4 | 8}, {-1, 1, 1, 2, 4}};
+    {0, -1, 1, 1 | 4, 2 | 8}, {-1, 0, 1, 1 | 2, 4 | 8}, {-1, -1, 1, 1, 8}, {-1, 1, 1, 2, 4}};
 
 typedef struct job {
     const char *image;
@@ -433,6 +433,14 @@ static void join_values(const meeting *m) {
     }
 }
 
+/* Whether there is nothing to join: a bundle is empty, or each has one run, of one component. */
+static inline int are_joined(const job *j, int64_t p, int64_t q) {
+    int32_t a = j->offset[p], b = j->offset[q];
+    int32_t in_a = j->offset[p + 1] - a, in_b = j->offset[q + 1] - b;
+    return in_a == 0 || in_b == 0 ||
+           (in_a == 1 && in_b == 1 && find(j->parent, a) == find(j->parent, b));
+}
+
 /* Joins plane bz of bundles with itself (`across` 0) or with the plane before (1). */
 static void join_plane(job *j, int64_t bz, int across) {
     for (int f = 0; f < j->facings; ++f) {
@@ -445,7 +453,7 @@ static void join_plane(job *j, int64_t bz, int across) {
         for (int64_t by = from; by < until; ++by) {
             int64_t p = bz * j->rows + by;
             int64_t q = (bz + to->dz) * j->rows + by + to->dy;
-            if (j->offset[p] == j->offset[p + 1] || j->offset[q] == j->offset[q + 1]) {
+            if (are_joined(j, p, q)) {
                 continue;
             }
             meeting m;

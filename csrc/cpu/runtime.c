@@ -82,26 +82,43 @@ static void ss_starter_end(ss_starter *s) {
     }
 }
 
-/* Most threads are about to end when they are waited for: asleep, the caller would come back later.
- */
-static void ss_join(pthread_t handle) {
+/* Waits for a thread that others keep from its core: it gets the caller's, who sleeps. */
+static void ss_join_here(pthread_t handle) {
+#if defined(__GLIBC__)
+    cpu_set_t own, here;
+    int core = sched_getcpu();
+    if (core >= 0 && core < CPU_SETSIZE && sched_getaffinity(0, sizeof own, &own) == 0) {
+        CPU_ZERO(&here);
+        CPU_SET((size_t)core, &here);
+        (void)pthread_setaffinity_np(handle, sizeof here, &here);
+        pthread_join(handle, NULL);
+        /* A thread that just ended has no number, and none is the caller's: */
+        if (sched_getaffinity(0, sizeof here, &here) == 0 && !CPU_EQUAL(&here, &own)) {
+            (void)sched_setaffinity(0, sizeof own, &own);
+        }
+        return;
+    }
+#endif
+    pthread_join(handle, NULL);
+}
+
+/* Most threads are about to end when they are waited for: asleep, the caller would come back later,
+ * so it stays awake for `patience` seconds. A thread that is not there by then, or has not even
+ * begun, waits for a time slice: milliseconds. */
+static void ss_join(pthread_t handle, const atomic_int *begun, double patience) {
 #if defined(__linux__)
-    double until = ss_seconds() + SS_SPIN;
-    do {
+    double until = ss_seconds() + patience;
+    while (atomic_load_explicit(begun, memory_order_relaxed) && ss_seconds() < until) {
         if (pthread_tryjoin_np(handle, NULL) == 0) {
             return;
         }
         ss_pause();
-    } while (ss_seconds() < until);
-#endif
-#if defined(__GLIBC__)
-    cpu_set_t set; /* it may have the caller's core now. If it just ended, this names the caller
-                    * itself, who gets what it has. */
-    if (sched_getaffinity(0, sizeof set, &set) == 0) {
-        (void)pthread_setaffinity_np(handle, sizeof set, &set);
     }
+#else
+    (void)begun;
+    (void)patience;
 #endif
-    pthread_join(handle, NULL);
+    ss_join_here(handle);
 }
 
 /* ---- items ---------------------------------------------------------------------------------- */
@@ -117,6 +134,7 @@ typedef struct ss_team {
 typedef struct ss_worker {
     ss_team *team;
     int32_t thread;
+    atomic_int begun;
     pthread_t handle;
 } ss_worker;
 
@@ -127,11 +145,12 @@ static int64_t ss_group(const ss_team *team, int64_t begin, int32_t thread) {
     return end;
 }
 
-static void ss_work(ss_team *team, int32_t thread) {
-    for (;;) {
+/* Groups until there are none; returns how many that were. */
+static int64_t ss_work(ss_team *team, int32_t thread) {
+    for (int64_t groups = 0;; ++groups) {
         int64_t begin = atomic_fetch_add_explicit(&team->next, team->grain, memory_order_relaxed);
         if (begin >= team->n) {
-            return;
+            return groups;
         }
         ss_group(team, begin, thread);
     }
@@ -139,6 +158,7 @@ static void ss_work(ss_team *team, int32_t thread) {
 
 static void *ss_worker_main(void *p) {
     ss_worker *w = p;
+    atomic_store_explicit(&w->begun, 1, memory_order_relaxed);
     ss_work(w->team, w->thread);
     return NULL;
 }
@@ -191,16 +211,20 @@ static void ss_work_together(ss_team *team, int32_t threads) {
     int32_t started = 0;
     ss_starter_begin(&starter);
     for (int32_t t = 1; t < threads; ++t) {
-        workers[started] = (ss_worker){.team = team, .thread = t};
+        workers[started].team = team;
+        workers[started].thread = t;
+        atomic_init(&workers[started].begun, 0);
         if (ss_start(&starter, &workers[started].handle, ss_worker_main, &workers[started]) != 0) {
             break; /* the caller does what is left: slower, same result */
         }
         ++started;
     }
     ss_starter_end(&starter);
-    ss_work(team, 0);
+    const double start = ss_seconds();
+    const int64_t groups = ss_work(team, 0);
+    const double each = groups ? (ss_seconds() - start) / (double)groups : 0.0;
     for (int32_t t = 0; t < started; ++t) {
-        ss_join(workers[t].handle);
+        ss_join(workers[t].handle, &workers[t].begun, SS_SPIN + each);
     }
 }
 
@@ -239,6 +263,7 @@ struct ss_region {
 typedef struct ss_member {
     ss_region *region;
     int32_t thread;
+    atomic_int begun;
     pthread_t handle;
 } ss_member;
 
@@ -287,6 +312,7 @@ void ss_barrier(ss_region *region) {
 
 static void *ss_member_main(void *p) {
     ss_member *m = p;
+    atomic_store_explicit(&m->begun, 1, memory_order_relaxed);
     ss_await_phase(m->region, 0); /* until it is known how many there are */
     m->region->body(m->region->ctx, m->region, m->thread);
     return NULL;
@@ -308,7 +334,9 @@ void ss_parallel_region(int32_t threads, ss_region_body body, void *ctx) {
     int32_t started = 1;
     ss_starter_begin(&starter);
     for (; started < threads; ++started) {
-        members[started] = (ss_member){.region = &region, .thread = started};
+        members[started].region = &region;
+        members[started].thread = started;
+        atomic_init(&members[started].begun, 0);
         if (ss_start(&starter, &members[started].handle, ss_member_main, &members[started]) != 0) {
             break; /* fewer threads: slower, same result */
         }
@@ -318,7 +346,7 @@ void ss_parallel_region(int32_t threads, ss_region_body body, void *ctx) {
     ss_next_phase(&region);
     body(ctx, &region, 0);
     for (int32_t t = 1; t < started; ++t) {
-        ss_join(members[t].handle);
+        ss_join(members[t].handle, &members[t].begun, SS_SPIN);
     }
     pthread_cond_destroy(&region.moved);
     pthread_mutex_destroy(&region.lock);

@@ -54,10 +54,9 @@ static inline float few_exp(float x) {
     return ss_exp2_inside(c < -125.0f ? -125.0f : c);
 }
 
-/* What class c has of v: v where the label is c, else 0; from the bits of the label as masks. */
-static inline float few_of(int c, int32_t odd, int32_t high, float v) {
-    return ss_bits_f32(ss_f32_bits(v) & (uint32_t)(c & 1 ? odd : ~odd) &
-                       (uint32_t)(c & 2 ? high : ~high));
+/* All ones where the label is c, else 0; from the bits of the label as masks. */
+static inline int32_t few_is(int c, int32_t odd, int32_t high) {
+    return (c & 1 ? odd : ~odd) & (c & 2 ? high : ~high);
 }
 
 /* The label's bits as masks, e_c = exp(z_c - top), s and r = 1 / s of one voxel. */
@@ -84,7 +83,8 @@ static inline float few_of(int c, int32_t odd, int32_t high, float v) {
     const float r = 1.0f / s;
 
 static inline __attribute__((always_inline)) int few_block_forward(const int C, const int LONG,
-                                                                   int64_t n, const many_rows *k,
+                                                                   const int SQUARE, int64_t n,
+                                                                   const many_rows *k,
                                                                    many_sums *restrict out) {
     FEW_ROWS
     few_union u = {{0}, {0}, {0}, {0}};
@@ -95,7 +95,6 @@ static inline __attribute__((always_inline)) int few_block_forward(const int C, 
     for (int l = 0; l < SS_LANES; ++l) {
         product[l] = 1.0f;
     }
-    const int32_t square = -(k->square != 0.0f);
     for (int64_t i = 0; i < n; i += SS_LANES) {
         FEW_AHEAD
         SS_SIMD
@@ -106,8 +105,8 @@ static inline __attribute__((always_inline)) int few_block_forward(const int C, 
             const float zy = blend(high, C > 3 ? blend(odd, z3, z2) : z2, low);
 #define X(c)                                                                                       \
     const float p##c = e##c * r;                                                                   \
-    i##c[l] += few_of(c, odd, high, p##c);                                                         \
-    n##c[l] += p##c * blend(square, p##c, 1.0f);
+    i##c[l] += ss_bits_f32(ss_f32_bits(p##c) & (uint32_t)few_is(c, odd, high));                    \
+    n##c[l] += SQUARE ? p##c * p##c : p##c;
             FEW_EACH(X)
 #undef X
             behind[l] += top - zy;
@@ -141,16 +140,17 @@ static inline __attribute__((always_inline)) int few_block_forward(const int C, 
     return 1;
 }
 
-static inline __attribute__((always_inline)) int few_block_backward(const int C, const int LONG,
-                                                                    int64_t n, const many_rows *k) {
+static inline __attribute__((always_inline)) int
+few_block_backward(const int C, const int LONG, const int SQUARE, int64_t n, const many_rows *k) {
     FEW_ROWS
     few_union u = {{0}, {0}, {0}, {0}};
     float *restrict h0_ = k->h[0], *restrict h1_ = k->h[1], *restrict h2_ = k->h[2],
                     *restrict h3_ = C > 3 ? k->h[3] : NULL;
     const float a0 = k->a[0], a1 = k->a[1], a2 = k->a[2], a3 = C > 3 ? k->a[3] : 0.0f;
-    const float u0 = k->u[0], u1 = k->u[1], u2 = k->u[2], u3 = C > 3 ? k->u[3] : 0.0f;
-    const float v0 = k->v[0], v1 = k->v[1], v2 = k->v[2], v3 = C > 3 ? k->v[3] : 0.0f;
     const float w0 = k->e[0], w1 = k->e[1], w2 = k->e[2], w3 = C > 3 ? k->e[3] : 0.0f;
+    const float u0 = k->u[0] + w0, u1 = k->u[1] + w1, u2 = k->u[2] + w2,
+                u3 = C > 3 ? k->u[3] + w3 : 0.0f;
+    const float v0 = k->v[0], v1 = k->v[1], v2 = k->v[2], v3 = C > 3 ? k->v[3] : 0.0f;
     for (int64_t i = 0; i < n; i += SS_LANES) {
         FEW_AHEAD
         __builtin_prefetch(h0_ + i + MANY_AHEAD, 1);
@@ -163,49 +163,64 @@ static inline __attribute__((always_inline)) int few_block_backward(const int C,
         for (int l = 0; l < SS_LANES; ++l) {
             FEW_SOFTMAX
 #define X(c)                                                                                       \
+    const int32_t is##c = few_is(c, odd, high);                                                    \
     const float p##c = e##c * r;                                                                   \
-    const float x##c = few_of(c, odd, high, p##c * u##c - a##c) + p##c * (v##c * p##c + w##c)
+    const float b##c = blend(is##c, a##c, 0.0f);                                                   \
+    const float d##c = blend(is##c, u##c, w##c);                                                   \
+    const float g##c = SQUARE ? d##c + v##c * p##c : d##c;                                         \
+    const float x##c = p##c * g##c
             X(0);
             X(1);
             X(2);
             X(3);
 #undef X
-            const float all = C > 3 ? (x0 + x1) + (x2 + x3) : (x0 + x1) + x2;
-            h0_[i + l] = x0 - p0 * all;
-            h1_[i + l] = x1 - p1 * all;
-            h2_[i + l] = x2 - p2 * all;
+            /* One of them is not 0. */
+            const float ay = ss_bits_f32(ss_f32_bits(b0) | ss_f32_bits(b1) | ss_f32_bits(b2) |
+                                         (C > 3 ? ss_f32_bits(b3) : 0u));
+            const float all = (C > 3 ? (x0 + x1) + (x2 + x3) : (x0 + x1) + x2) - ay;
+            h0_[i + l] = p0 * (g0 - all) - b0;
+            h1_[i + l] = p1 * (g1 - all) - b1;
+            h2_[i + l] = p2 * (g2 - all) - b2;
             if (C > 3) {
-                h3_[i + l] = x3 - p3 * all;
+                h3_[i + l] = p3 * (g3 - all) - b3;
             }
         }
     }
     return are_few(C, &u);
 }
 
-#define FEW(name, C, LONG)                                                                         \
+#define FEW(name, C, LONG, SQUARE)                                                                 \
     static __attribute__((noinline)) int few_forward_##name(int64_t n, const many_rows *k,         \
                                                             many_sums *out) {                      \
-        return few_block_forward(C, LONG, n, k, out);                                              \
+        return few_block_forward(C, LONG, SQUARE, n, k, out);                                      \
     }                                                                                              \
     static __attribute__((noinline)) int few_backward_##name(int64_t n, const many_rows *k) {      \
-        return few_block_backward(C, LONG, n, k);                                                  \
+        return few_block_backward(C, LONG, SQUARE, n, k);                                          \
     }
-FEW(3_i32, 3, 0)
-FEW(3_i64, 3, 1)
-FEW(4_i32, 4, 0)
-FEW(4_i64, 4, 1)
+FEW(3_i32, 3, 0, 0)
+FEW(3_i64, 3, 1, 0)
+FEW(4_i32, 4, 0, 0)
+FEW(4_i64, 4, 1, 0)
+FEW(3_i32_square, 3, 0, 1)
+FEW(3_i64_square, 3, 1, 1)
+FEW(4_i32_square, 4, 0, 1)
+FEW(4_i64_square, 4, 1, 1)
 #undef FEW
 
 static int few_forward(int C, int wide, int64_t n, const many_rows *k, many_sums *out) {
-    if (C == 3) {
-        return (wide ? few_forward_3_i64 : few_forward_3_i32)(n, k, out);
-    }
-    return (wide ? few_forward_4_i64 : few_forward_4_i32)(n, k, out);
+    static int (*const loop[2][2][2])(int64_t, const many_rows *, many_sums *) = {
+        {{few_forward_3_i32, few_forward_3_i32_square},
+         {few_forward_3_i64, few_forward_3_i64_square}},
+        {{few_forward_4_i32, few_forward_4_i32_square},
+         {few_forward_4_i64, few_forward_4_i64_square}}};
+    return loop[C == 4][wide][k->square != 0.0f](n, k, out);
 }
 
 static int few_backward(int C, int wide, int64_t n, const many_rows *k) {
-    if (C == 3) {
-        return (wide ? few_backward_3_i64 : few_backward_3_i32)(n, k);
-    }
-    return (wide ? few_backward_4_i64 : few_backward_4_i32)(n, k);
+    static int (*const loop[2][2][2])(int64_t, const many_rows *) = {
+        {{few_backward_3_i32, few_backward_3_i32_square},
+         {few_backward_3_i64, few_backward_3_i64_square}},
+        {{few_backward_4_i32, few_backward_4_i32_square},
+         {few_backward_4_i64, few_backward_4_i64_square}}};
+    return loop[C == 4][wide][k->square != 0.0f](n, k);
 }

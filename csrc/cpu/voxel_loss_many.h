@@ -15,7 +15,8 @@
 
 /* In a loop over classes: gcc (unroll-and-jam) would interleave two of them and lose the lanes. */
 #define MANY_EACH __asm__ volatile("")
-#define MANY_BLOCK 256
+#define MANY_BLOCK 256 /* voxels: the product of 16 sums of 32 is finite, */
+#define FEW_BLOCK 512  /* and that of 32 sums of 4 */
 #define MANY_CLASSES 32
 #define MANY_AHEAD 256 /* voxels that are asked for before they are read */
 
@@ -23,7 +24,7 @@ typedef struct many_rows {
     const float *z[MANY_CLASSES];
     float *h[MANY_CLASSES];
     const void *y;
-    float square, plain;   /* Dice, forward: p (square p + plain) */
+    float square, plain;   /* Dice: p (square p + plain) */
     float a[MANY_CLASSES]; /* backward: CE by class, Dice by I, by Z */
     float u[MANY_CLASSES], v[MANY_CLASSES], e[MANY_CLASSES];
 } many_rows;
@@ -277,6 +278,11 @@ static void add_many_sums(const vl_plan *p, const fused_terms *f, const many_sum
     }
 }
 
+static int64_t many_block(const vl_block *k) {
+    const int64_t most = k->plan->C <= 4 ? FEW_BLOCK : MANY_BLOCK;
+    return k->room < most ? k->room : most;
+}
+
 /* How many of the voxels from `offset` on the loops took; their sums are added. */
 static int64_t many_forward(vl_block *k, int64_t offset, int64_t end, double *sums) {
     const vl_plan *p = k->plan;
@@ -285,7 +291,7 @@ static int64_t many_forward(vl_block *k, int64_t offset, int64_t end, double *su
     if (!f.uses) {
         return 0;
     }
-    const int64_t block = k->room < MANY_BLOCK ? k->room : MANY_BLOCK;
+    const int64_t block = many_block(k);
     many_rows r;
     many_sums found = {0};
     r.square = f.at[VL_DICE] >= 0 && p->term[f.at[VL_DICE]].squared ? 1.0f : 0.0f;
@@ -305,6 +311,7 @@ static int64_t many_forward(vl_block *k, int64_t offset, int64_t end, double *su
 static void find_many_derivatives(const vl_block *k, const fused_terms *f, const double *by,
                                   many_rows *r) {
     const vl_plan *p = k->plan;
+    r->square = f->at[VL_DICE] >= 0 && p->term[f->at[VL_DICE]].squared ? 1.0f : 0.0f;
     for (int64_t c = 0; c < p->C; ++c) {
         r->a[c] = r->u[c] = r->v[c] = r->e[c] = 0.0f;
         if (f->at[VL_CE] >= 0) {
@@ -330,7 +337,7 @@ static int64_t many_backward(vl_block *k, int64_t offset, int64_t end, const dou
     if (!f.uses) {
         return 0;
     }
-    const int64_t block = k->room < MANY_BLOCK ? k->room : MANY_BLOCK;
+    const int64_t block = many_block(k);
     const int straight = out->dtype == SS_F32;
     many_rows r;
     find_many_derivatives(k, &f, by, &r);

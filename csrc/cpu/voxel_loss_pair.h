@@ -24,8 +24,7 @@ typedef struct pair_rows {
     float *h0, *h1;
     const void *y;
     const float *w;      /* of the soft target; NULL: 1 */
-    float square;        /* Dice: 1 or 0 */
-    float plain;         /* 1 - square */
+    int square;          /* Dice, forward: sums of p^2 */
     float hit0, hit1;    /* backward: what multiplies p0 p1 for a label, */
     float by_p0, by_p1;  /* what p0 and p1 add to it, */
     float a0, a1;        /* CE by class, */
@@ -42,16 +41,7 @@ static inline float exp_minus_abs(float d) {
     int32_t a = (int32_t)(ss_f32_bits(d * 1.44269504f) | 0x80000000u);
     const int32_t least = (int32_t)0xc2fa0000u; /* -125; negative floats order as integers do not */
     a = a < least ? a : least;
-    float c = ss_bits_f32((uint32_t)a);
-    float t = c + 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    float f = c - (t - 12582912.0f);
-    float p = 1.326472731e-03f;
-    p = p * f + 9.671512991e-03f;
-    p = p * f + 5.550733581e-02f;
-    p = p * f + 2.402224243e-01f;
-    p = p * f + 6.931470037e-01f;
-    p = p * f + 1.0f;
-    return ss_bits_f32(ss_f32_bits(p) + (ss_f32_bits(t) << 23));
+    return ss_exp2_inside(ss_bits_f32((uint32_t)a));
 }
 
 static inline float blend(int32_t mask, float yes, float no) {
@@ -152,11 +142,11 @@ static inline __attribute__((always_inline)) void pair_ahead_labels(const int LO
     const float p1 = blend(first, er, r);
 
 static inline
-    __attribute__((always_inline)) int pair_labels_forward(const int LONG, int64_t n,
-                                                           const pair_rows *k, pair_lanes *out) {
+    __attribute__((always_inline)) int pair_labels_forward(const int LONG, const int SQUARE,
+                                                           int64_t n, const pair_rows *k,
+                                                           pair_lanes *out) {
     const float *restrict z0 = k->z0, *restrict z1 = k->z1;
     const void *restrict y_ = k->y;
-    const float square = k->square, plain = k->plain;
     float far[SS_LANES] = {0}, ce[SS_LANES] = {0}, product[SS_LANES];
     float i0[SS_LANES] = {0}, i1[SS_LANES] = {0}, n0[SS_LANES] = {0}, n1[SS_LANES] = {0};
     int64_t wide[SS_LANES] = {0};
@@ -177,8 +167,8 @@ static inline
             ce[l] += ahead + ss_bits_f32(ss_f32_bits(d) & 0x7fffffffu);
             i0[l] += ss_bits_f32(ss_f32_bits(p0) & ((uint32_t)y - 1u));
             i1[l] += ss_bits_f32(ss_f32_bits(p1) & (0u - (uint32_t)y));
-            n0[l] += p0 * (square * p0 + plain);
-            n1[l] += p1 * (square * p1 + plain);
+            n0[l] += SQUARE ? p0 * p0 : p0;
+            n1[l] += SQUARE ? p1 * p1 : p1;
             ones[l] += y;
         }
     }
@@ -228,15 +218,11 @@ static inline __attribute__((always_inline)) int pair_labels_backward(const int 
 
 /* ln(1 + e) for e in 0..1: absolute error 1.5e-7. */
 static inline float ln_one_plus(float e) {
-    float p = -6.452570669e-03f;
-    p = p * e + 3.608435765e-02f;
-    p = p * e - 9.532223642e-02f;
-    p = p * e + 1.676476449e-01f;
-    p = p * e - 2.407306582e-01f;
-    p = p * e + 3.317982256e-01f;
-    p = p * e - 4.998740554e-01f;
-    p = p * e + 9.999964237e-01f;
-    return p * e;
+    const float e2 = e * e;
+    const float low = (e * 3.317982256e-01f - 4.998740554e-01f) * e + 9.999964237e-01f;
+    const float high = (e * -6.452570669e-03f + 3.608435765e-02f) * e2 +
+                       (e * -9.532223642e-02f + 1.676476449e-01f);
+    return e * (low + (e2 * e) * (high * e - 2.407306582e-01f));
 }
 
 /* q ln q for finite q >= 0; 0 for q = 0. */
@@ -348,15 +334,16 @@ pair_soft_backward(const int USES, const int WEIGHTED, int64_t n, const pair_row
     ONE(kl_entropy, HAS_KL | HAS_ENTROPY, 0)                                                       \
     ONE(kl_entropy_weighted, HAS_KL | HAS_ENTROPY, 1)
 
-static
-    __attribute__((noinline)) int pair_forward_i32(int64_t n, const pair_rows *k, pair_lanes *out) {
-    return pair_labels_forward(0, n, k, out);
-}
-
-static __attribute__((noinline)) int pair_forward_i64(int64_t n, const pair_rows *k,
-                                                      pair_lanes *out) {
-    return pair_labels_forward(1, n, k, out);
-}
+#define ONE(name, LONG, SQUARE)                                                                    \
+    static __attribute__((noinline)) int pair_forward_##name(int64_t n, const pair_rows *k,        \
+                                                             pair_lanes *out) {                    \
+        return pair_labels_forward(LONG, SQUARE, n, k, out);                                       \
+    }
+ONE(i32, 0, 0)
+ONE(i64, 1, 0)
+ONE(i32_square, 0, 1)
+ONE(i64_square, 1, 1)
+#undef ONE
 
 static __attribute__((noinline)) int pair_backward_i32(int64_t n, const pair_rows *k) {
     return pair_labels_backward(0, n, k);
@@ -380,6 +367,9 @@ PAIR_SOFT_KINDS(ONE)
 /* One block, forward (`out`) or backward (NULL); whether the loop took it. */
 static int run_pair(int32_t uses, int wide, int64_t n, const pair_rows *k, pair_lanes *out) {
     if (uses & HAS_LABELS) {
+        if (out && k->square) {
+            return (wide ? pair_forward_i64_square : pair_forward_i32_square)(n, k, out);
+        }
         if (out) {
             return (wide ? pair_forward_i64 : pair_forward_i32)(n, k, out);
         }
@@ -528,8 +518,7 @@ static int64_t pair_forward(vl_block *k, int64_t offset, int64_t end, double *su
     }
     pair_rows r = {0};
     pair_lanes found = {0};
-    r.square = f.at[VL_DICE] >= 0 && p->term[f.at[VL_DICE]].squared ? 1.0f : 0.0f;
-    r.plain = 1.0f - r.square;
+    r.square = f.at[VL_DICE] >= 0 && p->term[f.at[VL_DICE]].squared;
     int64_t at = offset;
     while (end - at >= SS_LANES) {
         int64_t n = end - at < PAIR_BLOCK ? (end - at) / SS_LANES * SS_LANES : PAIR_BLOCK;

@@ -86,6 +86,33 @@ static void test_log(void) {
     CHECK(isnan(ss_logf(-1.0f)) && isnan(ss_logf(-INFINITY)) && isnan(ss_logf(NAN)), "NaN");
 }
 
+static void test_bounded(void) {
+    double worst = 0.0;
+    for (float c = -125.0f; c <= 125.0f; c += 6e-5f * (float)STRIDE) {
+        worst = fmax(worst, fabs((double)ss_exp2_inside(c) / exp2((double)c) - 1.0));
+    }
+    CHECK(worst <= 1.9e-7, "ss_exp2_inside: %.3g", worst);
+    CHECK(ss_exp2_inside(0.0f) == 1.0f && ss_exp2_inside(-3.0f) == 0.125f, "powers of two");
+    CHECK(ss_exp2_bounded(1e9f) == 0x1p125f && ss_exp2_bounded(-INFINITY) == 0x1p-125f, "bounds");
+    worst = 0.0;
+    for (uint32_t u = 0x00800000u; u < 0x7f800000u; u += stride(61)) {
+        double x = (double)ss_bits_f32(u), exact = log(x);
+        double error = fabs((double)ss_log_bounded((float)x) - exact);
+        worst = fmax(worst, error / (1.1e-7 + 1.1e-7 * fabs(exact)));
+    }
+    CHECK(worst <= 1.0, "ss_log_bounded: %.3g of the bound", worst);
+    CHECK(ss_log_bounded(1.0f) == 0.0f, "ln 1");
+    worst = 0.0;
+    double relative = 0.0;
+    for (float x = -80.0f; x <= 80.0f; x += 1e-4f * (float)STRIDE) {
+        double exact = 1.0 / (1.0 + exp(-(double)x)), error = fabs((double)ss_sigmoidf(x) - exact);
+        worst = fmax(worst, error);
+        relative = fmax(relative, error / exact / ((fabs((double)x) + 3.0) * 1e-7));
+    }
+    CHECK(worst <= 1.5e-7 && relative <= 1.0, "ss_sigmoidf: %.3g, %.3g of the relative bound",
+          worst, relative);
+}
+
 /* A half by its definition: sign, 5 bits of exponent, 10 of fraction. */
 static double half_value(uint32_t h) {
     int e = (int)(h >> 10 & 31), m = (int)(h & 1023);
@@ -184,6 +211,7 @@ static void test_pick(void) {
 int main(void) {
     test_exp();
     test_log();
+    test_bounded();
     test_f16();
     test_bf16();
     test_philox();

@@ -8,8 +8,10 @@
 #include "cpu/runtime.h"
 #include "wrap.h"
 
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 typedef struct tally {
@@ -59,6 +61,50 @@ static void test_items(void) {
             }
         }
     }
+}
+
+typedef struct late {
+    atomic_int begun;
+    int64_t microseconds;
+} late;
+
+/* The caller's item ends when the other thread has one, which takes longer. */
+static void end_late(void *ctx, int64_t begin, int64_t end, int32_t thread) {
+    late *l = ctx;
+    struct timespec start, now;
+    (void)begin;
+    (void)end;
+    if (thread == 0) {
+        while (!atomic_load(&l->begun)) {
+            sched_yield();
+        }
+        return;
+    }
+    atomic_store(&l->begun, 1);
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    do {
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    } while ((now.tv_sec - start.tv_sec) * 1000000 + (now.tv_nsec - start.tv_nsec) / 1000 <
+             l->microseconds);
+}
+
+/* Late threads are moved to the caller's core, whatever their end coincides with; the caller stays
+ * where it was. */
+static void test_late_threads(void) {
+#if defined(__linux__)
+    cpu_set_t before, after;
+    int moved = 0;
+    sched_getaffinity(0, sizeof before, &before);
+    for (int i = 0; i < 500 && !moved; ++i) {
+        late l = {.microseconds = 90 + i % 200};
+        atomic_init(&l.begun, 0);
+        ss_exec x = ss_exec_cpu(-2);
+        ss_parallel_for(&x, 2, 1, end_late, &l);
+        sched_getaffinity(0, sizeof after, &after);
+        moved = !CPU_EQUAL(&before, &after);
+    }
+    CHECK(!moved, "the caller keeps its cores");
+#endif
 }
 
 static void test_thread_count(void) {
@@ -155,6 +201,7 @@ static void test_fail(void) {
 int main(void) {
     test_fork(); /* before anything else starts threads that a sanitizer would remember */
     test_items();
+    test_late_threads();
     test_thread_count();
     test_nesting();
     test_no_threads();
