@@ -20,6 +20,13 @@ _LOGITS, _LABELS, _MASK = torch.zeros(1, 2, 4, 4), torch.ones(1, 4, 4).byte(), t
 _CLICK = {"seed": 0, "iteration": 0, "sample_ids": [0], "round": 0}
 
 
+def _fuse(weights, uncertainty_weights):
+    return ops.call(
+        *("fuse", [_LOGITS] * 2, weights, uncertainty_weights),
+        *(0, 0, 0, 4.0, 0.0, 1.0, 0.0, 255, 2, 1, 0, 0, 0, 0),
+    )
+
+
 @pytest.mark.parametrize(
     ("argument", "function"),
     [
@@ -49,6 +56,8 @@ _CLICK = {"seed": 0, "iteration": 0, "sample_ids": [0], "round": 0}
             ),
         ),
         (r"sources\[1\]", lambda: fusion.fuse([_LOGITS, _elsewhere(1, 2, 4, 4)])),
+        ("weights", lambda: _fuse(_elsewhere(2, 1, dtype=torch.float64), None)),
+        ("uncertainty_weights", lambda: _fuse(None, _elsewhere(2, 1, dtype=torch.float64))),
         (r"passes\[1\]", lambda: fusion.mc_uncertainty([_LOGITS, _elsewhere(1, 2, 4, 4)])),
         (r"logits\[1\]", lambda: fusion.join_classes([_LOGITS[:, :1], _elsewhere(1, 1, 4, 4)])),
         ("target", lambda: fusion.agreement(_LABELS, _elsewhere(1, 4, 4), 2)),
