@@ -274,10 +274,11 @@ def _raw_cuda(op: str, in_order: Sequence[Any], device: Any) -> None:
 
     with torch.cuda.device(device):
         run = functools.partial(getattr(_core, op), *in_order, 0, None, workspace, _faults_on(device))
-        if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        if _core.tells_stream(torch.Tensor):
             run()
             return
-        # Before torch 2.10 the core cannot ask for the current stream and runs on the default one.
+        # A torch before 2.10, or one whose exchange API the core does not know: it cannot ask for the current
+        # stream and runs on the default one.
         current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
         default.wait_stream(current)
         run()

@@ -433,9 +433,7 @@ def test_weights_that_are_none_are_left_out_and_counted(channels, logits, lab, u
         _core.fuse(*inputs, *outputs, 0, "emulated", ops._host_workspace, counters)
         made.append((outputs, counters[list(ops.SCHEMA).index("fuse")], counters.sum()))
         if columns is not as_if and faults:
-            with pytest.raises(
-                ValueError, match=r"(uncertainty_)?weights: expected (weights|all 0)"
-            ):
+            with pytest.raises(ValueError, match=r"(uncertainty_)?weights: expected (weights|all 0)"):
                 _core.fuse(*inputs, *outputs)
     (ours, *counted), (expected, *none) = made
     assert counted == [faults, faults]
