@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step of fusion for devices whose values the host does not look at: weights, gates and means by masks.
+"""What the term needs beside `fusion` for devices whose values the host does not look at.
 
 What `fusion.source_weights` and the term compute from round counts on the host is computed here from counts
 that are tensors. Every source keeps its place, whether it has weight or not.
@@ -7,13 +7,12 @@ that are tensors. Every source keeps its place, whether it has weight or not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["fused", "masked_mean", "source_table"]
+__all__ = ["masked_mean", "source_table"]
 
 
 def source_table(
@@ -64,86 +63,6 @@ def _rounds_weighted(
     weights = torch.cat(rows)
     total = weights.sum(0)
     return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), 0.0)
-
-
-def fused(
-    maps: Sequence[Any],
-    r_lab: Any,
-    r_unc: Any,
-    *,
-    unc: str,
-    weight: str,
-    kappa: float,
-    tau_c: float,
-    tau_u: float,
-    ignore_index: int,
-    logits: bool,
-    two_channels: bool,
-) -> tuple[Any, Any, Any, Any, Any]:
-    """Return mean, label, confidence, uncertainty, weight of `fusion.fuse` by weights that are tensors.
-
-    `r_lab` and `r_unc` [S, B] sum to 1 over the sources, or are 0 throughout a sample.
-
-    >>> import torch
-    >>> from semisam import fusion
-    >>> from semisam._fusing import fused
-    >>> maps, r = [torch.rand(2, 1, 5) for _ in range(3)], torch.tensor([[0.5, 0.0], [0.5, 0.0], [0.0, 1.0]])
-    >>> options = {"unc": "var", "weight": "exp", "kappa": 4.0, "tau_c": 0.0, "tau_u": 1.0}
-    >>> ours = fused(maps, r, r, **options, ignore_index=255, logits=False, two_channels=False)
-    >>> theirs = fusion.fuse(maps, r.tolist())
-    >>> all(torch.allclose(a, b, atol=2e-6) for a, b in zip(ours, theirs))
-    True
-    """
-    first = maps[0]
-    kind = torch.float64 if first.dtype == torch.float64 else torch.float32
-    rows, space = first.shape[1], (1,) * (first.ndim - 2)
-    classes = max(rows, 2)
-    known = (r_lab.sum(0) > 0).reshape(-1, *space)
-
-    def distribution(z: Any) -> Any:
-        z = z.to(kind)
-        return z if not logits else z.sigmoid() if rows == 1 else z.softmax(1)
-
-    def entropy(p: Any) -> Any:
-        found = -(p * p.clamp_min(1e-7).log()).sum(1)
-        return found - ((1 - p) * (1 - p).clamp_min(1e-7).log()).sum(1) if rows == 1 else found
-
-    def added(r: Any, values: Any) -> Any:
-        """Sum over sources; what has no weight is not looked at."""
-        total: Any = 0.0
-        for column, value in zip(r.to(kind), values, strict=True):
-            w = column.reshape(-1, *(1,) * (value.ndim - 1))
-            total = total + torch.where(w > 0, w * value, 0.0)
-        return total
-
-    lab = added(r_lab, map(distribution, maps))
-    mu = added(r_unc, map(distribution, maps))
-    if unc == "var":
-        spread = added(r_unc, ((distribution(z) - mu).square().sum(1) for z in maps))
-        u = spread * ((2.0 if rows == 1 else 1.0) / (1 - 1 / classes))
-    else:
-        u = entropy(mu)
-        if unc == "mi":
-            u = u - added(r_unc, (entropy(distribution(z)) for z in maps))
-        u = u / math.log(classes)
-    u = torch.where(known, u.clamp(0, 1), 1.0)
-    pair = torch.cat([1 - lab, lab], 1) if rows == 1 else lab
-    confidence, label = pair.max(1)
-    confidence = torch.where(known, confidence, 1 / classes)
-    keep = known & (confidence >= tau_c) & (u <= tau_u if tau_u < 1 else known)
-    label = torch.where(keep, label, ignore_index).byte()
-    if weight == "exp":
-        m = (-kappa * u).exp()
-    elif weight == "linear":
-        m = 1 - u
-    elif weight == "gate":
-        m = (u <= tau_u).to(kind) + (u - u)
-    elif weight == "conf":
-        m = ((confidence - 1 / classes) / (1 - 1 / classes)).clamp(0, 1)
-    else:
-        m = torch.ones_like(u)
-    mean = torch.where(known[:, None], pair if two_channels else lab, 1 / classes)
-    return mean, label, confidence, u, torch.where(known, m, 0.0)
 
 
 def masked_mean(values: Any, kept: Any) -> Any:

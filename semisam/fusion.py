@@ -89,8 +89,9 @@ def fuse(
     `weights` (r_lab: who defines the label) and `uncertainty_weights` (r_unc: who defines the doubt;
     default: the same) are S numbers, or a table [S, B], that sum to 1 over the sources; default 1/S.
     A source of weight 0 is not read. A sample whose weights are all 0 has no source: uniform mean,
-    uncertainty 1, weight 0, label `ignore_index`. Weights that are tensors on a GPU stay there, unseen and
-    unchecked; torch then computes the same, within rounding.
+    uncertainty 1, weight 0, label `ignore_index`. Weights that are tensors on a GPU stay there, unseen:
+    what is no weight (negative, above 2, NaN) is taken for 0, each sample's are divided by their sum, it
+    has no source if either of its sums is 0, and `ops.faults` counts the samples where something was wrong.
 
         mean pbar = sum_s r_lab p^s     label = argmax pbar (ties: smallest class)     confidence = max pbar
         mu = sum_s r_unc p^s            H(p) = -sum_c p_c ln max(p_c, 1e-7)
@@ -104,9 +105,10 @@ def fuse(
     `want` names the outputs to compute. Results are float32 (float64 for float64 sources), labels
     uint8; shapes are those of `Fused`.
 
-    Raises ValueError for wrong shapes, weights that are negative, NaN or do not sum to 1, and unknown
-    choices; TypeError for dtypes that are not floating and mixed kinds. Papers: SemiSAM+
-    (arXiv 2502.20749) for the variance; mutual information after Gal et al. (arXiv 1703.02910).
+    Raises ValueError for wrong shapes, weights that are negative, NaN or do not sum to 1, all of them 0
+    (but not of a tensor on a GPU), tensors on different devices, and unknown choices; TypeError for
+    dtypes that are not floating and mixed kinds. Papers: SemiSAM+ (arXiv 2502.20749) for the variance;
+    mutual information after Gal et al. (arXiv 1703.02910).
 
     >>> import numpy as np
     >>> from semisam import fusion
@@ -126,28 +128,18 @@ def fuse(
         raise ValueError(
             "fuse(): tau_u: expected a threshold in 0..1 for weight='gate' (0.5 is usual), got None"
         )
-    options: dict[str, Any] = {
-        "unc": unc,
-        "weight": weight,
-        "kappa": kappa,
-        "tau_c": 0.0 if tau_c is None else tau_c,
-        "tau_u": 1.0 if tau_u is None else tau_u,
-        "ignore_index": ignore_index,
-        "logits": logits,
-        "two_channels": two_channels,
-    }
-    table = _table(weights, uncertainty_weights, maps)
-    if table is not None:
-        from semisam import _fusing  # noqa: PLC0415  (in torch, which this caller has)
-
-        made = _fusing.fused(maps, *table, **options)
-        return Fused(*(one if name in want else None for name, one in zip(_WANT, made, strict=True)))
     outputs = _run(
         maps,
-        _weights("weights", weights, maps),
-        None if uncertainty_weights is None else _weights("uncertainty_weights", uncertainty_weights, maps),
+        *_tables(weights, uncertainty_weights, maps),
         want=want,
-        **options,
+        unc=unc,
+        weight=weight,
+        kappa=kappa,
+        tau_c=0.0 if tau_c is None else tau_c,
+        tau_u=1.0 if tau_u is None else tau_u,
+        ignore_index=ignore_index,
+        logits=logits,
+        two_channels=two_channels,
     )
     return Fused(*outputs)
 
@@ -245,7 +237,7 @@ def mc_uncertainty(
     real = np.float64 if ops.dtype_name(maps[0]) == "f64" else np.float32
     mean, _, _, uncertainty, mask = _run(
         maps,
-        [1 / len(maps)] * len(maps),
+        None,
         None,
         unc="ent",
         weight="gate",
@@ -489,10 +481,44 @@ def _sources(function: str, sources: Any, argument: str = "sources") -> list[Any
     return maps
 
 
-def _weights(argument: str, weights: Any, maps: list[Any]) -> list[float]:
+def _tables(weights: Any, uncertainty_weights: Any, maps: list[Any]) -> list[Any]:
+    """Return both weights as the operator has them: [S, B], where the sources are; None as it came."""
+    tables: list[Any] = []
+    known: list[Any] = []  # per sample, whether it has a source; None: unseen
+    for name, given in (("weights", weights), ("uncertainty_weights", uncertainty_weights)):
+        if ops.is_torch(given) and ops.stays(given.device):
+            tables.append(_unseen(name, given, maps))
+            known.append(None)
+            continue
+        columns = None if given is None else _columns(name, given, maps)
+        tables.append(None if columns is None else _table(columns, maps))
+        known.append([True] * maps[0].shape[0] if columns is None else [any(c) for c in columns])
+    label, doubt = known[0], known[0] if uncertainty_weights is None else known[1]
+    if label is not None and doubt is not None and label != doubt:
+        b = next(b for b in range(len(label)) if label[b] != doubt[b])
+        raise ValueError(
+            "fuse(): uncertainty_weights: expected all 0 exactly where weights are, got something else "
+            f"for sample {b}"
+        )
+    if label and not any(label):
+        raise ValueError("fuse(): weights: expected at least one weight above 0, got none")
+    return tables
+
+
+def _unseen(argument: str, weights: Any, maps: list[Any]) -> Any:
+    """A table of a tensor that nobody looks at."""
     s, batch = len(maps), maps[0].shape[0]
-    if weights is None:
-        return [1 / s] * s
+    if tuple(weights.shape) not in ((s,), (s, batch)):
+        raise ValueError(
+            f"fuse(): {argument}: expected a tensor of shape {(s,)}, one number per source, or {(s, batch)}, "
+            f"got {tuple(weights.shape)}"
+        )
+    return weights.double().reshape(s, -1).expand(s, batch)
+
+
+def _columns(argument: str, weights: Any, maps: list[Any]) -> list[list[float]]:
+    """Weights that may be looked at, checked: one column per sample."""
+    s, batch = len(maps), maps[0].shape[0]
     rows = weights.tolist() if hasattr(weights, "tolist") else list(weights)
     wide = [isinstance(row, (list, tuple)) for row in rows]
     if len(rows) != s or any(wide) != all(wide) or (all(wide) and any(len(row) != batch for row in rows)):
@@ -500,30 +526,35 @@ def _weights(argument: str, weights: Any, maps: list[Any]) -> list[float]:
             f"fuse(): {argument}: expected one number per source ({s}), or a table of {s} sources x "
             f"{batch} samples, got {rows}"
         )
-    return [float(v) for row in rows for v in row] if all(wide) else [float(v) for v in rows]
-
-
-def _table(weights: Any, uncertainty_weights: Any, maps: list[Any]) -> Any:
-    """Both weights [S, B] where they are; None for numbers of the host, which may be looked at."""
-    if not (ops.is_torch(weights) and ops.stays(weights.device)):
-        return None
-    s, batch = len(maps), maps[0].shape[0]
-    both = []
-    for name, given in (("weights", weights), ("uncertainty_weights", uncertainty_weights)):
-        rows = weights if given is None else given
-        if not ops.is_torch(rows) or tuple(rows.shape) not in ((s,), (s, batch)):
+    columns = [[float(v) for v in c] for c in (zip(*rows, strict=True) if all(wide) else [rows] * batch)]
+    for b, column in enumerate(columns):
+        for i, v in enumerate(column):
+            if not 0 <= v <= 2:
+                raise ValueError(
+                    f"fuse(): {argument}: expected weights from 0 to 1, got {v:g} for source {i}"
+                )
+        if any(column) and not 1 - 1e-4 < sum(column) < 1 + 1e-4:
             raise ValueError(
-                f"fuse(): {name}: expected a tensor of shape {(s,)}, one number per source, or {(s, batch)}, "
-                f"got {tuple(rows.shape) if ops.is_torch(rows) else type(rows).__name__}"
+                f"fuse(): {argument}: expected weights that sum to 1 (divide them by their sum), got a sum "
+                f"of {sum(column):g} for sample {b}"
             )
-        both.append(rows.double().reshape(s, -1).expand(s, batch))
-    return both
+    return columns
+
+
+def _table(columns: list[list[float]], maps: list[Any]) -> Any:
+    """Columns of numbers as an array [S, B] where the sources are."""
+    flat = [v for row in zip(*columns, strict=True) for v in row]
+    if ops.is_torch(maps[0]):
+        made = ops.numbers(flat, sys.modules["torch"].float64, maps[0].device)
+    else:
+        made = np.array(flat, np.float64)
+    return made.reshape(len(maps), -1)
 
 
 def _run(
     maps: list[Any],
-    weights: list[float],
-    uncertainty_weights: list[float] | None,
+    weights: Any,
+    uncertainty_weights: Any,
     *,
     unc: str,
     weight: str,
@@ -545,7 +576,7 @@ def _run(
         "fuse",
         maps,
         weights,
-        weights if uncertainty_weights is None else uncertainty_weights,
+        uncertainty_weights,
         int(logits),
         _UNC.index(unc),
         _WEIGHT.index(weight),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import math
 import os
 import sys
@@ -154,7 +155,8 @@ def stays(device: Any) -> bool:
 def numbers(values: Any, dtype: Any, device: Any) -> Any:
     """Return a torch tensor of a few numbers on `device`, without a copy from the host that could wait.
 
-    Each number is filled in by a kernel that has it as an argument, so a CUDA graph may be captured.
+    A kernel that has a number as an argument fills in all places in a row that have it, so a CUDA graph may
+    be captured.
 
     >>> import torch
     >>> from semisam import ops
@@ -163,11 +165,16 @@ def numbers(values: Any, dtype: Any, device: Any) -> Any:
             [3., 4.]], dtype=torch.float64)
     """
     torch: Any = sys.modules["torch"]
-    given = np.asarray(values)
-    if not given.size:
-        return torch.empty(given.shape, dtype=dtype, device=device)
-    filled = [torch.full((), v, dtype=dtype, device=device) for v in given.ravel().tolist()]
-    return torch.stack(filled).reshape(given.shape)
+    flat: list[Any] = [values.tolist() if isinstance(values, np.ndarray) else values]
+    shape: list[int] = []
+    while flat and isinstance(flat[0], (list, tuple)):  # without NumPy, which torch.compile cannot trace here
+        shape.append(len(flat[0]))
+        flat = [v for part in flat for v in part]
+    if not flat:
+        return torch.empty(np.shape(values), dtype=dtype, device=device)
+    runs = [(v, len(list(equal))) for v, equal in itertools.groupby(flat)]
+    filled = [torch.full((n,), v, dtype=dtype, device=device) for v, n in runs]
+    return (torch.cat(filled) if len(filled) > 1 else filled[0]).reshape(shape)
 
 
 def lacks(device: Any, wanted: Sequence[str]) -> list[str]:
@@ -267,10 +274,11 @@ def _raw_cuda(op: str, in_order: Sequence[Any], device: Any) -> None:
 
     with torch.cuda.device(device):
         run = functools.partial(getattr(_core, op), *in_order, 0, None, workspace, _faults_on(device))
-        if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        if _core.tells_stream(torch.Tensor):
             run()
             return
-        # Before torch 2.10 the core cannot ask for the current stream and runs on the default one.
+        # A torch before 2.10, or one whose exchange API the core does not know: it cannot ask for the current
+        # stream and runs on the default one.
         current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
         default.wait_stream(current)
         run()
@@ -314,7 +322,8 @@ def faults() -> dict[str, int]:
 
     On the CPU a value that could break memory safety, such as a label outside 0..C-1, raises
     ValueError. On CUDA that would need a synchronisation in every call; such voxels are left out as
-    if they were to be ignored, and counted. This function waits for the devices, reads the counters
+    if they were to be ignored, and counted. So are samples of a fusion with weights that are none
+    (`fusion.fuse` says what becomes of them). This function waits for the devices, reads the counters
     and sets them to zero.
 
     >>> from semisam import ops
@@ -353,8 +362,9 @@ def refuse_faults() -> None:
     if found:
         counts = "; ".join(f"{op}(): {n} left out" for op, n in found.items())
         raise ValueError(
-            f"{counts}: expected labels that are classes or ignored, got others in an earlier call on a GPU "
-            "(on the CPU the same call says which)"
+            f"{counts}: expected labels that are classes or ignored, and weights of at least 0 that sum to 1 "
+            "over the sources of a fusion, got others in an earlier call on a GPU (on the CPU the same call "
+            "says which)"
         )
 
 

@@ -298,8 +298,8 @@ def voxel_loss_backward(
 
 def fuse(
     sources: list[Tensor],
-    r_lab: list[float],
-    r_unc: list[float],
+    weights: Tensor | None,
+    uncertainty_weights: Tensor | None,
     logits: int,
     unc: int,
     weighting: int,
@@ -324,8 +324,8 @@ def fuse(
     def entropy(p: Tensor) -> Tensor:
         return -(p * (p + log_offset).clamp(min=1e-7).log()).sum(1)
 
-    def table(r: list[float]) -> Tensor:
-        r_sb = torch.tensor(r, dtype=torch.float64).reshape(len(sources), -1).expand(-1, batch)
+    def table(r: Tensor | None) -> Tensor:
+        r_sb = torch.ones(len(sources), batch, dtype=torch.float64) if r is None else r
         return (r_sb / r_sb.sum(0)).reshape(len(sources), batch, *[1] * (first.ndim - 1))
 
     def mean(r: Tensor, values: list[Tensor]) -> Tensor:
@@ -333,7 +333,7 @@ def fuse(
         return torch.stack(parts).sum(0)
 
     p = [distribution(s.double()) for s in sources]
-    lab, doubt = table(r_lab), table(r_unc)
+    lab, doubt = table(weights), table(weights if uncertainty_weights is None else uncertainty_weights)
     known = ~lab[0].isnan()  # samples that have a source
     classes = p[0].shape[1]
     mu = mean(doubt, p)

@@ -260,11 +260,15 @@ def _fuse(
     want: tuple[int, ...] = (1, 1, 1, 1, 1),
     log_offset: float = 0.0,
 ) -> tuple[Any, ...]:
-    s = len(sources)
-    lab = [1 / s] * s if r_lab is None else r_lab
-    doubt = lab if r_unc is None else r_unc
     numbers = (4.0, *tau, log_offset, 255, channels or sources[0].shape[1])
-    return (sources, lab, doubt, logits, unc, weighting, *numbers, *want)
+    tables = [None if r is None else _per_sample(r, sources) for r in (r_lab, r_unc)]
+    return (sources, *tables, logits, unc, weighting, *numbers, *want)
+
+
+def _per_sample(r: Any, sources: list[np.ndarray]) -> np.ndarray:
+    """One weight per source, or per source and sample, as a table [S, B]."""
+    s, b = len(sources), len(sources[0])
+    return np.array(np.broadcast_to(np.reshape(r, (s, -1)), (s, b)), np.float64)
 
 
 def _simplex(rng: np.random.Generator, s: int, *shape: int, dim: int = 1) -> list[np.ndarray]:
@@ -277,6 +281,36 @@ def _simplex(rng: np.random.Generator, s: int, *shape: int, dim: int = 1) -> lis
 def _logits(rng: np.random.Generator, s: int, *shape: int) -> list[np.ndarray]:
     common = 4 * rng.standard_normal(shape)
     return [common + 2 * rng.standard_normal(shape) for _ in range(s)]
+
+
+def _columns(rng: np.random.Generator, s: int, b: int) -> np.ndarray:
+    """A table [S, B]: some 0, the rest at random, with sum 1."""
+    r = rng.random((s, b)) * (rng.random((s, b)) > 0.3)
+    r[0] += 0.1
+    return r / r.sum(0)
+
+
+def _fuse_by_table(
+    logits: int, channels: int, unc: int, weighting: int, rng: np.random.Generator
+) -> tuple[Any, ...]:
+    """Five sources, four samples: random weights, one source alone, none, the same for label and doubt.
+
+    What has no weight in a sample is NaN there.
+    """
+    lab, doubt = _columns(rng, 5, 4), _columns(rng, 5, 4)
+    lab[:, 1], doubt[:, 1] = np.eye(5)[2], np.eye(5)[2]
+    lab[:, 2] = doubt[:, 2] = 0
+    doubt[:, 3] = lab[:, 3]
+    if logits:
+        sources = _logits(rng, 5, 4, channels, 9, 12)
+    elif channels == 1:
+        sources = [_prob(rng, 4, 1, 9, 12) for _ in range(5)]
+    else:
+        sources = _simplex(rng, 5, 4, channels, 9, 12)
+    for s, p in enumerate(sources):
+        p[(lab[s] == 0) & (doubt[s] == 0)] = np.nan
+    tau = (0.61, 0.43) if weighting in (_GATE, _EXP) else (0.0, 1.0)
+    return _fuse(sources, unc, weighting, lab, doubt, logits=logits, tau=tau)
 
 
 _R4 = ([0.5, 0.25, 0.25, 0.0], [0.25, 0.125, 0.125, 0.5])
@@ -315,6 +349,28 @@ CASES += [
         "logits-14-two-means": lambda r: _fuse(_logits(r, 4, 1, 14, 7, 9), _VAR, _EXP, *_R4, logits=1),
         "logits-many": lambda r: _fuse(_logits(r, 50, 1, 20, 37), _ENT, _LINEAR, logits=1),
         "many-sources": lambda r: _fuse(_simplex(r, 128, 1, 2, 40), _MI),
+        # Tables: of every kernel, with other sources in every sample, and none in some.
+        **{
+            f"table-{name}": partial(_fuse_by_table, *settings)
+            for name, settings in {
+                "one-channel": (0, 1, _VAR, _EXP),
+                "one-channel-mi": (0, 1, _MI, _LINEAR),
+                "one-channel-logits": (1, 1, _ENT, _LINEAR),
+                "two-channels": (0, 2, _VAR, _GATE),
+                "two-channels-logits": (1, 2, _ENT, _LINEAR),
+                "two-channels-logits-var": (1, 2, _VAR, _EXP),
+                "logits-4": (1, 4, _MI, _CONF),
+                "logits-7": (1, 7, _VAR, _EXP),
+                "logits-14": (1, 14, _ENT, _NONE),
+                "logits-20": (1, 20, _MI, _EXP),
+            }.items()
+        },
+        "table-of-labels-alone": lambda r: _fuse(_simplex(r, 3, 2, 3, 50), _VAR, _EXP, _TABLE[0]),
+        "table-of-doubt-alone": lambda r: _fuse(_simplex(r, 3, 2, 3, 50), _VAR, _EXP, None, _TABLE[1]),
+        "table-of-nothing": lambda r: _fuse(_simplex(r, 3, 2, 3, 50), _ENT, _EXP, np.zeros((3, 2))),
+        "table-of-many-sources": lambda r: _fuse(
+            _simplex(r, 128, 3, 2, 20), _VAR, _EXP, _columns(r, 128, 3), _columns(r, 128, 3)
+        ),
     }.items()
 ]
 

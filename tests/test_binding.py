@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exchange_api import Exchange
 
 from semisam import _core, ops
 
@@ -98,6 +99,40 @@ def test_capsule(new):
     assert logits[0, 0, 0, 0] == np.float32(EXPECTED)
     after = sys.getrefcount(given.array)  # outside the assert, which keeps a reference itself
     assert after == references
+
+
+@pytest.mark.parametrize(
+    ("exchange", "told"),
+    [
+        (None, False),
+        (Exchange(1), True),
+        (Exchange(1, stream=None), False),
+        (Exchange(0), False),
+        (Exchange(2), False),
+        (Exchange(2, Exchange(1)), True),
+        (Exchange(3, Exchange(2, Exchange(1))), True),
+        (Exchange(3, Exchange(2)), False),
+    ],
+)
+def test_a_stream_is_told_by_a_known_exchange_api_alone(exchange, told):
+    """Of another major version nothing is read but what it was before; its arrays come by `__dlpack__`."""
+
+    class Array(Capsule):
+        if exchange is not None:
+            __dlpack_c_exchange_api__ = exchange.capsule()
+
+    assert _core.tells_stream(Array) is told
+    given = Array(prob())
+    assert call(given) == pytest.approx(EXPECTED, abs=1e-6)
+    assert given.asked
+
+
+def test_what_is_no_exchange_api_tells_no_stream():
+    renamed = Exchange(1)
+    for wrong in (None, 3, renamed.capsule(b"another name")):
+        assert not _core.tells_stream(type("Array", (), {"__dlpack_c_exchange_api__": wrong}))
+    assert not _core.tells_stream(np.ndarray)
+    assert _core.tells_stream(torch.Tensor) is hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 
 
 def test_capsule_of_one_kind_per_argument():

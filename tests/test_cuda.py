@@ -356,6 +356,27 @@ def rollout(prob, clicks=10):
     return [target, region, skip, *found, *([] if fused is None else [fused.mean, fused.weight])]
 
 
+def test_fusion_by_tables_makes_nobody_wait():
+    """Weights that are tensors of the device, that are numbers, and none: the CPU's fusion of the same."""
+    needs("fuse")
+    maps = [random(seed, 2, 3, 8, 9, 10).softmax(1) for seed in range(4)]
+    lab = torch.tensor([[0.5, 0], [0, 0], [0.5, 0], [0, 0]], dtype=torch.float64)
+    unc = torch.tensor([[0.25, 0], [0, 0], [0.25, 0], [0.5, 0]], dtype=torch.float64)
+    maps[1].fill_(float("nan"))
+    for p in maps:
+        p[1] = float("nan")
+    on_device = [lab.to(DEVICE), unc.to(DEVICE)]
+    with no_waits():
+        given = [fusion.fuse(maps, *on_device), fusion.fuse(maps, lab.tolist(), unc.tolist())]
+        fusion.fuse(maps)
+    expected = fusion.fuse([p.cpu() for p in maps], lab, unc)
+    for made in given:
+        for ours, cpu in zip(made, expected, strict=True):
+            torch.testing.assert_close(ours.cpu(), cpu, rtol=1e-6, atol=4e-6)
+    assert (expected.label[1] == 255).all()
+    assert expected.mean.isfinite().all()
+
+
 def probabilities(seed=0, classes=3):
     z = random(seed, 2, classes, 16, 17, 18)
     return torch.nn.functional.avg_pool3d(z, 3, 1, 1).mul(6).softmax(1)
@@ -462,6 +483,21 @@ def test_labels_that_are_no_class_are_counted_and_told():
     with pytest.raises(
         ValueError, match=r"voxel_loss_forward\(\): 2 left out: expected labels that are classes"
     ):
+        ops.refuse_faults()
+
+
+def test_weights_of_a_fusion_that_are_none_are_counted_and_told():
+    needs_counting()
+    needs("fuse")
+    maps = [random(seed, 2, 1, 8, 9).sigmoid() for seed in range(3)]
+    table = torch.tensor([[0.5, 0.5], [0.25, -0.5], [0.25, 0.5]], dtype=torch.float64, device=DEVICE)
+    right = table.clamp_min(0)
+    expected = fusion.fuse(maps, right)
+    assert not ops.faults()
+    if REHEARSAL:  # the CPU's fusion looks at the weights
+        return
+    assert bits(list(fusion.fuse(maps, table))) == bits(list(expected)), "taken for 0"
+    with pytest.raises(ValueError, match=r"fuse\(\): 1 left out: .*weights of at least 0 that sum to 1"):
         ops.refuse_faults()
 
 

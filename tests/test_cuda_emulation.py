@@ -316,11 +316,11 @@ def test_voxel_loss_refuses_what_the_cpu_refuses(change, sentence, library):
 
 
 def _fuse(sources, **given):
-    """Arguments of `fuse` for sources [B, C, V]; equal weights unless told."""
-    s, channels = len(sources), sources[0].shape[1]
+    """Arguments of `fuse` for sources [B, C, V]; equal weights unless told, one per source or a table."""
+    channels = sources[0].shape[1]
     named = {
-        "lab": [1 / s] * s,
-        "unc": [1 / s] * s,
+        "lab": None,
+        "unc": None,
         "logits": 0,
         "kind": 0,
         "ignore": 255,
@@ -328,7 +328,13 @@ def _fuse(sources, **given):
     }
     lab, unc, logits, kind, ignore, channels = {**named, **given}.values()
     numbers = (4.0, 0.0, 1.0, 0.0, ignore, channels)
-    return [sources, lab, unc, logits, kind, 0, *numbers, 1, 1, 1, 1, 1]
+    tables = [None if r is None else _per_sample(r, len(sources[0])) for r in (lab, unc)]
+    return [sources, *tables, logits, kind, 0, *numbers, 1, 1, 1, 1, 1]
+
+
+def _per_sample(r, batch):
+    r = torch.as_tensor(r, dtype=torch.float64)
+    return r.reshape(len(r), -1).expand(-1, batch if r.ndim == 1 else r.shape[1]).contiguous()
 
 
 def _on_both(inputs):
@@ -375,12 +381,9 @@ def test_fuse_keeps_what_is_not_finite(channels, kind, library):
 @pytest.mark.parametrize(
     "change",
     [
-        {"lab": [0.5, 0.4]},
-        {"unc": [0.5, math.nan]},
-        {"unc": [-0.5, 1.5]},
         {"lab": [0.5, 0.5, 0.0]},
-        {"lab": [0.5, 0.0, 0.5, 0.0]},
-        {"lab": [0.0, 0.0], "unc": [0.0, 0.0]},
+        {"unc": [[1.0, 0.5]]},
+        {"unc": [[1.0], [0.0]]},
         {"channels": 2},
         {"ignore": 2},
         {"sources": [torch.zeros(2, 3, 5), torch.zeros(2, 3, 5, dtype=torch.float64)]},
@@ -394,6 +397,49 @@ def test_fuse_refuses_what_the_cpu_refuses_in_the_same_words(change, library):
         run(case, inputs)
     with pytest.raises(cpu.type, match=re.escape(str(cpu.value))):
         emulated(case, inputs)
+
+
+@pytest.mark.parametrize(("channels", "logits"), [(1, 0), (1, 1), (3, 0), (3, 1), (20, 1)])
+@pytest.mark.parametrize(
+    ("lab", "unc", "as_if", "faults"),
+    [
+        ([0.5, 0.3, 0.0], None, ([0.625, 0.375, 0.0],) * 2, 1),
+        ([math.nan, 0.5, 0.5], None, ([0.0, 0.5, 0.5],) * 2, 1),
+        ([0.25, 0.75, -0.5], [0.25, 0.5, 0.25], ([0.25, 0.75, 0.0], [0.25, 0.5, 0.25]), 1),
+        ([0.25, 0.75, 0.0], [math.inf, 0.5, 0.5], ([0.25, 0.75, 0.0], [0.0, 0.5, 0.5]), 1),
+        ([1.0, 0.0, 0.0], [0.0, 0.0, 0.0], ([0.0] * 3,) * 2, 1),
+        ([-1.0, math.nan, 3.0], None, ([0.0] * 3,) * 2, 1),
+        ([0.0, 0.0, 0.0], None, ([0.0] * 3,) * 2, 0),
+        ([0.5, 0.5, 0.0], None, ([0.5, 0.5, 0.0],) * 2, 0),
+    ],
+)
+def test_weights_that_are_none_are_left_out_and_counted(channels, logits, lab, unc, as_if, faults, library):
+    """The middle one of three samples, each of several blocks; the CPU refuses it by its value."""
+    needs("fuse")
+    g = torch.Generator().manual_seed(11)
+    sources = [3 * torch.randn(3, channels, 2100, generator=g) for _ in range(3)]
+    if not logits:
+        sources = [z.sigmoid() if channels == 1 else z.softmax(1) for z in sources]
+    right = [0.25, 0.25, 0.5]
+
+    def table(middle):
+        return None if middle is None else np.array([right, middle, right]).T.copy()
+
+    made = []
+    for columns in ((lab, unc), as_if):
+        inputs = [sources, *map(table, columns), *_fuse(sources, logits=logits)[3:]]
+        outputs = [np.full(s, 7, ops._NUMPY[d]) for s, d in ops.output_specs("fuse", inputs)]
+        counters = np.zeros(len(ops.SCHEMA), np.int64)
+        _core.fuse(*inputs, *outputs, 0, "emulated", ops._host_workspace, counters)
+        made.append((outputs, counters[list(ops.SCHEMA).index("fuse")], counters.sum()))
+        if columns is not as_if and faults:
+            with pytest.raises(ValueError, match=r"(uncertainty_)?weights: expected (weights|all 0)"):
+                _core.fuse(*inputs, *outputs)
+    (ours, *counted), (expected, *none) = made
+    assert counted == [faults, faults]
+    assert none == [0, 0]
+    for a, b in zip(ours, expected, strict=True):
+        assert a.tobytes() == b.tobytes()
 
 
 # ---- workspace, faults and libraries, at the border of the core ----------------------------------

@@ -7,6 +7,7 @@ import contextlib
 
 import pytest
 import torch
+from exchange_api import Exchange
 
 from semisam import fusion, losses, metrics, ops, prompts, random_walk
 
@@ -18,6 +19,13 @@ def _elsewhere(*shape, dtype=torch.float32):
 
 _LOGITS, _LABELS, _MASK = torch.zeros(1, 2, 4, 4), torch.ones(1, 4, 4).byte(), torch.ones(1, 1, 4, 4).bool()
 _CLICK = {"seed": 0, "iteration": 0, "sample_ids": [0], "round": 0}
+
+
+def _fuse(weights, uncertainty_weights):
+    return ops.call(
+        *("fuse", [_LOGITS] * 2, weights, uncertainty_weights),
+        *(0, 0, 0, 4.0, 0.0, 1.0, 0.0, 255, 2, 1, 0, 0, 0, 0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,6 +57,8 @@ _CLICK = {"seed": 0, "iteration": 0, "sample_ids": [0], "round": 0}
             ),
         ),
         (r"sources\[1\]", lambda: fusion.fuse([_LOGITS, _elsewhere(1, 2, 4, 4)])),
+        ("weights", lambda: _fuse(_elsewhere(2, 1, dtype=torch.float64), None)),
+        ("uncertainty_weights", lambda: _fuse(None, _elsewhere(2, 1, dtype=torch.float64))),
         (r"passes\[1\]", lambda: fusion.mc_uncertainty([_LOGITS, _elsewhere(1, 2, 4, 4)])),
         (r"logits\[1\]", lambda: fusion.join_classes([_LOGITS[:, :1], _elsewhere(1, 1, 4, 4)])),
         ("target", lambda: fusion.agreement(_LABELS, _elsewhere(1, 4, 4), 2)),
@@ -122,15 +132,18 @@ class Recorder:
         monkeypatch.setattr(ops, "load_cuda", lambda: "")
         monkeypatch.setattr(ops, "_faults_on", lambda device: None)
         monkeypatch.setattr(ops._core, "boxes", lambda *args: self.seen.append("run"))
-        if exchange:
-            monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None, raising=False)
-        else:
+        if exchange is None:
             monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+        else:
+            made = exchange.capsule()
+            monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", made, raising=False)
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_on_an_older_torch_the_default_stream_waits_and_is_waited_for(exchange, monkeypatch):
+@pytest.mark.parametrize("exchange", [Exchange(1), Exchange(2, Exchange(1)), Exchange(2), None])
+def test_on_an_unknown_torch_the_default_stream_waits_and_is_waited_for(exchange, monkeypatch):
+    """Before torch 2.10 there is no exchange API; one of another major version may mean anything."""
     recorder = Recorder(monkeypatch, exchange)
     ops._raw_cuda("boxes", [], torch.device("cuda", 0))
-    around = [] if exchange else [("default", "current")], [] if exchange else [("current", "default")]
+    known = exchange is not None and 1 in (exchange.major, exchange.previous and exchange.previous.major)
+    around = ([], []) if known else ([("default", "current")], [("current", "default")])
     assert recorder.seen == [*around[0], "run", *around[1]]

@@ -138,6 +138,26 @@ def test_a_table_of_weights_is_one_call_per_sample(rng):
             assert np.array_equal(x[b : b + 1], y)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("unc", ["var", "ent", "mi"])
+def test_what_has_no_weight_may_be_anything(rng, channels, logits, unc):
+    """A source counts in one sample and not in the other, where it is NaN: as if it were not there."""
+    z = [rng.standard_normal((2, channels, 700)) for _ in range(5)]
+    maps = z if logits else [special.expit(v) if channels == 1 else special.softmax(v, 1) for v in z]
+    lab, doubt = np.zeros((5, 2)), np.zeros((5, 2))
+    lab[[0, 2], 0], doubt[[0, 3], 0] = 0.5, 0.5
+    lab[[1, 4], 1], doubt[[1, 4], 1] = (0.25, 0.75), (0.5, 0.5)
+    for s, b in ((1, 0), (4, 0), (0, 1), (2, 1), (3, 1)):
+        maps[s][b] = np.nan
+    whole = fuse(maps, lab, doubt, unc=unc, logits=logits)
+    for b, counts in enumerate(([0, 2, 3], [1, 4])):
+        few = [maps[s][b : b + 1] for s in counts]
+        alone = fuse(few, lab[counts, b], doubt[counts, b], unc=unc, logits=logits)
+        for x, y in zip(whole, alone, strict=True):
+            assert np.array_equal(x[b : b + 1], y)
+
+
 def test_a_sample_without_sources_knows_nothing(rng):
     p = distributions(rng, 2, 2, 4, 5)
     fused = fuse(p, [[0.5, 0], [0.5, 0]], unc="ent", ignore_index=9)
@@ -574,6 +594,18 @@ BAD = [
         {},
         ValueError,
         r"fuse\(\): uncertainty_weights|weights: expected at least one weight above 0",
+    ),
+    (
+        ([P, P], np.zeros((2, 2))),
+        {},
+        ValueError,
+        r"fuse\(\): weights: expected at least one weight above 0, got none",
+    ),
+    (
+        ([torch.from_numpy(P)] * 2, torch.full((2, 2), -1.0)),
+        {},
+        ValueError,
+        r"fuse\(\): weights: expected weights from 0 to 1, got -1 for source 0",
     ),
     (
         ([P, P], None, [0.5, 0.7]),

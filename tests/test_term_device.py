@@ -146,7 +146,6 @@ def test_fusion_with_weights_that_stay(channels, logits, unc, weight, monkeypatc
     sources[1][1] = sources[3][1] = float("nan")  # of no weight there
     sources[0][0, :, 0, 0, 0] = float("nan")
     r_lab, r_unc = fusion.source_weights([0.8, 0.5], [[2, 1, 0], [1, 0, 0]], label="all", doubt="last")
-    sources = [sources[0], sources[1], sources[2], sources[3]]
     tables = [torch.from_numpy(r) for r in (r_lab, r_unc)]
     options = {"unc": unc, "weight": weight, "logits": logits, "two_channels": channels == 1}
     options |= {"tau_c": 0.6, "tau_u": 0.4, "kappa": 3.0}
@@ -156,9 +155,12 @@ def test_fusion_with_weights_that_stay(channels, logits, unc, weight, monkeypatc
         nothing = fusion.fuse(sources, 0 * tables[0], logits=logits)
         agreed = fusion.agreement(given.label, given.label, max(channels, 2))
         few = fusion.fuse(sources, *tables, **options, want=("label",))
-    for ours, theirs in zip(given, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=8e-6, equal_nan=True)
-    assert given.label.dtype == torch.uint8
+        alike = fusion.fuse(sources, r_lab.tolist(), tables[1], **options)
+        per_source = fusion.fuse(sources, tables[0][:, 0], logits=logits, want=("mean",)).mean
+    for ours, theirs, too in zip(given, expected, alike, strict=True):
+        assert ours.numpy().tobytes() == theirs.numpy().tobytes() == too.numpy().tobytes()
+    numbers = fusion.fuse(sources, r_lab[:, 0], logits=logits, want=("mean",)).mean
+    assert per_source.numpy().tobytes() == numbers.numpy().tobytes()
     assert (given.label[2] == 255).all()
     assert (nothing.label == 255).all()
     assert torch.equal(nothing.weight, torch.zeros_like(nothing.weight))
@@ -171,9 +173,28 @@ def test_weights_that_stay_are_checked_by_shape(monkeypatch):
     sources = [torch.zeros(2, 1, 4, 4)] * 3
     good, flat, short = (torch.zeros(n, dtype=torch.float64) for n in ((3, 2), (6,), (2, 2)))
     with watched(monkeypatch):
-        for pair in ((flat,), (short,), (good, [0.0] * 3), (good, flat)):
+        for pair in ((flat,), (short,), (good, flat), ([0.5, 0.5, 0], short), (good[None],)):
             with pytest.raises(ValueError, match=r"fuse\(\): (uncertainty_)?weights: expected a tensor"):
                 fusion.fuse(sources, *pair)
+        with pytest.raises(ValueError, match=r"fuse\(\): weights: expected weights from 0 to 1, got -1"):
+            fusion.fuse(sources, [-1.0, 1.0, 1.0], good)  # numbers of the host are looked at, as ever
+        with pytest.raises(ValueError, match=r"fuse\(\): uncertainty_weights: expected all 0 exactly where"):
+            fusion.fuse(sources, None, [[0.5, 0]] * 2 + [[0, 0]])
+
+
+def test_numbers_of_the_host_for_a_device(monkeypatch):
+    """The operator sees tables alone, and equal weights are none at all: nothing is made for them."""
+    seen = []
+    monkeypatch.setattr(ops, "call", lambda op, maps, lab, unc, *_: seen.append((lab, unc)) or [maps[:1]] * 5)
+    sources = [torch.zeros(2, 1, 4, 4)] * 3
+    with watched(monkeypatch):
+        for pair in ((), ([0.5, 0.25, 0.25],), (None, np.array([[1, 0], [0, 0.5], [0, 0.5]]))):
+            fusion.fuse(sources, *pair)
+    (none, neither), (lab, same), (equal, unc) = seen
+    assert none is neither is same is equal is None
+    assert lab.tolist() == [[0.5, 0.5], [0.25, 0.25], [0.25, 0.25]]
+    assert unc.tolist() == [[1, 0], [0, 0.5], [0, 0.5]]
+    assert lab.dtype == unc.dtype == torch.float64
 
 
 def test_masked_mean():
@@ -251,7 +272,7 @@ def both(monkeypatch, make, images, prob, logits=None, **call):
 
 
 def same(found):
-    """Within the rounding of a fusion that sums in another order; counts exactly."""
+    """One operator fuses for both, but the quiet one has sources that do not count: other sums of four."""
     (value, grad, numbers, last), (value_q, grad_q, numbers_q, last_q) = found
     torch.testing.assert_close(value_q, value, rtol=2e-5, atol=0)
     torch.testing.assert_close(grad_q, grad, rtol=1e-4, atol=1e-9)

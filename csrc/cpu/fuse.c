@@ -214,12 +214,13 @@ static inline double one_sigmoid(double x) {
 /* ---- checks and plan ------------------------------------------------------------------------ */
 
 /* One sample's column of weights, normalised into `to`; *ref is -1 if all are 0. */
-static ss_status column(ss_exec *x, const char *name, const ss_doubles *r, const plan *f, int64_t b,
+static ss_status column(ss_exec *x, const char *name, const ss_tensor *r, const plan *f, int64_t b,
                         double *to, int64_t *ref) {
+    const double *at = r->data; /* NULL: equal weights */
     double sum = 0;
     *ref = -1;
     for (int64_t s = 0; s < f->S; ++s) {
-        double v = r->at[r->n == f->S ? s : s * f->B + b];
+        double v = at ? at[s * f->B + b] : 1.0 / (double)f->S;
         if (!(v >= 0) || v > 2) {
             return ss_fail(x, SS_INVALID,
                            "%s: expected weights from 0 to 1, got %g for source %lld", name, v,
@@ -252,14 +253,14 @@ static int count_maps(const plan *f, const double *r) {
 }
 
 static ss_status read_weights(ss_exec *x, plan *f) {
-    int64_t used = 0;
+    const ss_tensor *lab = &f->a->weights, *unc = &f->a->uncertainty_weights;
     for (int64_t b = 0; b < f->B; ++b) {
         double *r = f->r + 2 * b * f->S;
         sample *of = &f->samples[b];
-        ss_status status = column(x, "weights", &f->a->weights, f, b, r, &of->ref_l);
+        ss_status status = column(x, "weights", lab, f, b, r, &of->ref_l);
         if (status == SS_OK) {
-            status = column(x, "uncertainty_weights", &f->a->uncertainty_weights, f, b, r + f->S,
-                            &of->ref_u);
+            status =
+                column(x, "uncertainty_weights", unc->data ? unc : lab, f, b, r + f->S, &of->ref_u);
         }
         if (status != SS_OK) {
             return status;
@@ -275,23 +276,21 @@ static ss_status read_weights(ss_exec *x, plan *f) {
         of->r_unc = r + f->S;
         of->same = memcmp(r, r + f->S, (size_t)f->S * sizeof *r) == 0;
         of->maps = f->short_way && of->same ? count_maps(f, r) : 0;
-        used += of->ref_l >= 0;
     }
-    return used ? SS_OK
-                : ss_fail(x, SS_INVALID, "weights: expected at least one weight above 0, got none");
+    return SS_OK;
 }
 
 static ss_status check(ss_exec *x, const plan *f) {
     const ss_fuse_args *a = f->a;
     const char *names[] = {"weights", "uncertainty_weights"};
-    const int64_t counts[] = {a->weights.n, a->uncertainty_weights.n};
+    const ss_tensor *tables[] = {&a->weights, &a->uncertainty_weights};
     for (int i = 0; i < 2; ++i) {
-        if (counts[i] != f->S && counts[i] != f->S * f->B) {
+        if (tables[i]->data && tables[i]->shape[0] != f->S) {
             return ss_fail(x, SS_INVALID,
-                           "%s: expected one weight per source (%lld), or per source and sample "
-                           "(%lld), got %lld",
-                           names[i], (long long)f->S, (long long)(f->S * f->B),
-                           (long long)counts[i]);
+                           "%s: expected shape (%lld, %lld), one per source and sample, got (%lld, "
+                           "%lld)",
+                           names[i], (long long)f->S, (long long)f->B,
+                           (long long)tables[i]->shape[0], (long long)tables[i]->shape[1]);
         }
     }
     for (int64_t s = 1; s < f->S; ++s) {

@@ -11,16 +11,22 @@
  * logits are one sigmoid: one row. A thread has N voxels: those of 16 bytes of results where V and
  * all addresses are multiples of that, else voxels a block's width apart. The kernels:
  *     k_fuse            probabilities of any C, and one row of logits: class by class, so that
- *                       nothing is kept per class; 3 to 8 sources in flight
+ *                       nothing is kept per class; 3 or 4 sources in flight
  *     k_fuse_sigmoids   the means of one row of logits, where no var and no mi is wanted
  *     k_fuse_softmax    up to 16 classes of logits (two means or float64: 8): sums in registers,
  *                       source by source, one exponential per logit
  *     k_fuse_many       more classes: first every source's largest logit and sum of exponentials,
  *                       in shared memory; then class by class
+ *
  * Memory: each source that has weight is read once (k_fuse_many: three times, one of them from L2
  * at best); each wanted output is written once. 4 bytes per voxel, source and row, or 2; 4 bytes
- * per voxel and row of an output, 1 of labels. No workspace. One launch where all samples have the
- * same weights, else one for as many samples as its arguments have room for: 128 / S, at most 64.
+ * per voxel and row of an output, 1 of labels. No workspace, one launch.
+ *
+ * Weights are read where they are: a block begins with its sample's two columns of them and makes a
+ * list of the sources that count in shared memory. What is no weight (below 0, above 2, NaN) is
+ * taken for 0, a column is divided by its sum, and a sample has no source if one column is 0. The
+ * CPU refuses all of these; here the sample counts as one fault.
+ *
  * Numerics: the CPU's functions, and its sums over differences from the source of largest weight in
  * its order (csrc/cpu/fuse.c says what that is good for). So pbar, and with it labels, are the same
  * bits, except that (1) where foreground logits have two means, both are summed four sources at a
@@ -28,56 +34,59 @@
  * sums a block of voxels by single sigmoids, and this kernel a thread's: 4e-7. The var and mi of
  * several rows are summed class by class, on the CPU source by source: S C roundings of partial
  * sums below 1 each way, at random 2e-6 for S C = 1000; weight exp adds a factor kappa. float64
- * sources are computed in double, where exp and log are CUDA's: 1e-14.
- * Deterministic: a voxel is the work of one thread. registers <= 128
+ * sources are computed in double, where exp and log are CUDA's: 1e-14. Deterministic: a voxel is
+ * the work of one thread. registers <= 128
  */
 #include "device.cuh"
 
 #define THREADS 256
-#define MOST_SAMPLES 64 /* in one launch */
 #define MANY_THREADS 128
-#define MANY_SLOTS (SS_MAX_SHARED / 8 / MANY_THREADS) /* sources they have room for */
+#define MANY_SLOTS ((SS_MAX_SHARED - 5120) / 8 / MANY_THREADS) /* there is room for, and a list */
 
 enum { UNC_VAR, UNC_ENT, UNC_MI };
 enum { WEIGHT_EXP, WEIGHT_LINEAR, WEIGHT_GATE, WEIGHT_CONF, WEIGHT_NONE };
 
-/* All that a kernel has to know, by value. `entry` e of a sample is a source that has weight;
- * references, the sources of largest weight, are none unless `sigmoids`. R: float or double. */
+/* All that a kernel has to know, by value, but for the weights. R: float or double. */
 template <typename R> struct fuse_job {
     const void *source[SS_MAX_LIST];
-    R r_unc[SS_MAX_LIST], r_lab[SS_MAX_LIST]; /* of entries; a sample's begin at samples * stride */
-    uint8_t entry[SS_MAX_LIST];               /* its source */
-    uint8_t dtype[SS_MAX_LIST];               /* of sources */
-    uint8_t count[MOST_SAMPLES];              /* of entries */
-    uint8_t ref_u[MOST_SAMPLES], ref_l[MOST_SAMPLES];
-    uint8_t kind[MOST_SAMPLES];        /* ONE, TWO or UNKNOWN */
+    uint8_t dtype[SS_MAX_LIST]; /* of sources */
+    const double *r[2];         /* [S, B], for labels and for doubt; NULL: equal ones */
+    unsigned long long *faults;
     R *mean, *confidence, *u, *weight; /* NULL: not wanted */
     uint8_t *label;
-    int64_t C, V;
-    int64_t sample;                /* the first one of this launch */
+    int64_t B, C, V;
     uint32_t chunks;               /* blocks per sample */
-    int32_t stride;                /* 0: one list of entries for all samples */
+    int32_t S;                     /* sources */
     int32_t rows;                  /* that are summed: C, or 1 for two classes as one foreground */
     int32_t all;                   /* the dtype of all sources; -1: they differ */
     int32_t vector;                /* memory takes 16 bytes at a time */
     int8_t logits, sigmoids, pair; /* pair: the mean of one row has two channels */
     int8_t unc, weighting, need_u, need_mean, gated;
-    int8_t any_two;
     int32_t ignore;
     R scale, offset, tau_c, tau_u, rate, chance;
 };
 static_assert(sizeof(fuse_job<double>) <= 4096, "more than every CUDA takes as arguments");
 
-enum { FUSE_ONE, FUSE_TWO, FUSE_UNKNOWN }; /* one mean is all; mu and pbar; no source has weight */
-
-/* What a thread works on: N voxels `step` apart of sample b. */
-struct fuse_place {
-    int64_t b, v;
-    int32_t step;
-    int32_t first, n; /* entries */
-    int32_t ref_u, ref_l;
+/* The sources that count in a block's sample, in shared memory. An entry is a source that has
+ * weight; references, the sources of largest weight, are none unless `sigmoids`. */
+template <typename R> struct fuse_list {
+    double column[2][SS_MAX_LIST]; /* the weights of all sources, for labels and for doubt */
+    double sum[2];
+    int32_t ref[2];                           /* -1: no source has weight */
+    R r_unc[SS_MAX_LIST], r_lab[SS_MAX_LIST]; /* of entries */
+    uint8_t entry[SS_MAX_LIST];               /* its source */
+    int32_t n, ref_u, ref_l;
     bool two; /* means; if not, mu is all: r_unc are the weights of the one that is needed */
     bool known;
+};
+static_assert(sizeof(fuse_list<double>) + MANY_SLOTS * 8 * MANY_THREADS <= SS_MAX_SHARED,
+              "a list and k_fuse_many's own must fit");
+
+/* What a thread works on: N voxels `step` apart of sample b. */
+template <typename R> struct fuse_place {
+    const fuse_list<R> &list;
+    int64_t b, v;
+    int32_t step;
 };
 
 /* What runs along over the classes. */
@@ -87,21 +96,108 @@ template <typename R, int N> struct fuse_state {
     int32_t label[N];
 };
 
-template <typename R> SS_DEVICE fuse_place place_of(const fuse_job<R> &j, int n) {
-    fuse_place p;
-    const uint32_t sample = blockIdx.x / j.chunks;
-    const int64_t start = (int64_t)(blockIdx.x - sample * j.chunks) * blockDim.x * n;
-    const uint32_t list = j.stride ? sample : 0;
-    p.b = j.sample + sample;
-    p.v = start + (j.vector ? (int64_t)threadIdx.x * n : threadIdx.x);
-    p.step = j.vector ? 1 : (int32_t)blockDim.x;
-    p.first = (int32_t)list * j.stride;
-    p.n = j.count[list];
-    p.ref_u = j.ref_u[list];
-    p.ref_l = j.ref_l[list];
-    p.two = j.kind[list] == FUSE_TWO;
-    p.known = j.kind[list] != FUSE_UNKNOWN;
-    return p;
+/* ---- the sources that count --------------------------------------------------------------------
+ */
+
+/* Reads both columns of sample b; a thread's share of what is no weight. */
+template <typename R>
+SS_DEVICE int read_columns(const fuse_job<R> &j, int64_t b, fuse_list<R> *list) {
+    int faults = 0;
+    for (int i = (int)threadIdx.x; i < 2 * j.S; i += (int)blockDim.x) {
+        const int which = i < j.S ? 0 : 1, s = i - which * j.S;
+        const double *table = j.r[which];
+        const double v = table ? table[s * j.B + b] : 1.0 / (double)j.S;
+        const bool right = v >= 0 && v <= 2;
+        list->column[which][s] = right ? v : 0.0;
+        faults |= !right;
+    }
+    return faults;
+}
+
+/* The CPU's sum, in its order, and the first source of largest weight. */
+template <typename R>
+SS_DEVICE int sum_column(const fuse_job<R> &j, int which, fuse_list<R> *list) {
+    double sum = 0, most = 0;
+    int ref = -1;
+    for (int s = 0; s < j.S; ++s) {
+        const double v = list->column[which][s];
+        sum += v;
+        ref = v > most ? s : ref;
+        most = v > most ? v : most;
+    }
+    list->sum[which] = sum;
+    list->ref[which] = ref;
+    return ref >= 0 && !(sum > 1 - 1e-4 && sum < 1 + 1e-4);
+}
+
+/* Whether a source is one of the list; its weights there. A reference differs from itself by
+ * nothing. */
+template <typename R>
+SS_DEVICE bool is_entry(const fuse_job<R> &j, const fuse_list<R> &list, bool two, int s,
+                        double *lab, double *unc) {
+    const int mu = j.need_u ? 1 : 0;
+    *lab = two && (j.sigmoids || s != list.ref[0]) ? list.column[0][s] : 0.0;
+    *unc = j.sigmoids || s != list.ref[mu] ? list.column[mu][s] : 0.0;
+    return *lab > 0 || *unc > 0;
+}
+
+/* The list of sample b. All threads take part. */
+template <typename R>
+SS_DEVICE void list_sources(const fuse_job<R> &j, int64_t b, bool first, fuse_list<R> *list) {
+    int faults = read_columns(j, b, list);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        faults |= sum_column(j, 0, list);
+    }
+    if (threadIdx.x == blockDim.x - 1) {
+        faults |= sum_column(j, 1, list);
+    }
+    __syncthreads();
+    const bool known = list->ref[0] >= 0 && list->ref[1] >= 0;
+    if (first) { /* of the sample's blocks */
+        faults |= (list->ref[0] < 0) != (list->ref[1] < 0);
+        if (__syncthreads_or(faults) && j.faults && threadIdx.x == 0) {
+            atomicAdd(j.faults, 1ull);
+        }
+    }
+    bool same = true;
+    for (int s = (int)threadIdx.x; known && s < j.S; s += (int)blockDim.x) {
+        const double lab = list->column[0][s] / list->sum[0];
+        const double unc = list->column[1][s] / list->sum[1];
+        list->column[0][s] = lab;
+        list->column[1][s] = unc;
+        same = same && lab == unc;
+    }
+    const bool two = !__syncthreads_and(same) && j.need_u && j.need_mean;
+    for (int s = (int)threadIdx.x; s < j.S; s += (int)blockDim.x) {
+        double lab, unc;
+        int n = 0;
+        for (int k = 0; k < s; ++k) {
+            n += is_entry(j, *list, two, k, &lab, &unc);
+        }
+        if (is_entry(j, *list, two, s, &lab, &unc)) {
+            list->r_lab[n] = (R)lab;
+            list->r_unc[n] = (R)unc;
+            list->entry[n++] = (uint8_t)s;
+        }
+        if (s == j.S - 1) {
+            list->n = n;
+            list->two = two;
+            list->known = known;
+            list->ref_u = list->ref[j.need_u ? 1 : 0];
+            list->ref_l = list->ref[0];
+        }
+    }
+    __syncthreads();
+}
+
+template <typename R>
+SS_DEVICE fuse_place<R> place_of(const fuse_job<R> &j, int n, fuse_list<R> *list) {
+    const uint32_t sample = blockIdx.x / j.chunks, chunk = blockIdx.x - sample * j.chunks;
+    const int64_t start = (int64_t)chunk * blockDim.x * n;
+    list_sources(j, sample, chunk == 0, list);
+    return {*list, (int64_t)sample, start + (j.vector ? (int64_t)threadIdx.x * n : threadIdx.x),
+            j.vector ? 1 : (int32_t)blockDim.x};
 }
 
 /* ---- arithmetic: the CPU's ---------------------------------------------------------------------
@@ -181,7 +277,7 @@ SS_DEVICE float denominator(uint32_t y) {
 
 /* N numbers of an output whose voxel p.v is element `at`; labels are bytes. */
 template <int N, typename R, typename T>
-SS_DEVICE void put(const fuse_job<R> &j, const fuse_place &p, T *out, int64_t at, const T *v) {
+SS_DEVICE void put(const fuse_job<R> &j, const fuse_place<R> &p, T *out, int64_t at, const T *v) {
     if constexpr (N > 1) {
         if (j.vector) {
             if constexpr (sizeof(T) == 1) {
@@ -216,7 +312,7 @@ SS_DEVICE void put(const fuse_job<R> &j, const fuse_place &p, T *out, int64_t at
 
 /* The mean of class c: confidence and label so far, and out with it. */
 template <int N, typename R>
-SS_DEVICE void take_mean(const fuse_job<R> &j, const fuse_place &p, int64_t c, const R *mean,
+SS_DEVICE void take_mean(const fuse_job<R> &j, const fuse_place<R> &p, int64_t c, const R *mean,
                          fuse_state<R, N> *s) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
@@ -263,7 +359,7 @@ template <typename R> SS_DEVICE R weight_of(const fuse_job<R> &j, R u, R conf) {
 
 /* Everything but the mean, which take_mean has stored. */
 template <int N, typename R>
-SS_DEVICE void finish(const fuse_job<R> &j, const fuse_place &p, const fuse_state<R, N> &s) {
+SS_DEVICE void finish(const fuse_job<R> &j, const fuse_place<R> &p, const fuse_state<R, N> &s) {
     R u[N], weight[N];
     uint8_t label[N];
 #pragma unroll
@@ -292,7 +388,7 @@ SS_DEVICE void finish(const fuse_job<R> &j, const fuse_place &p, const fuse_stat
 }
 
 /* Nothing is known about this sample: uniform distribution, u = 1, weight 0, label ignored. */
-template <int N, typename R> SS_DEVICE void unknown(const fuse_job<R> &j, const fuse_place &p) {
+template <int N, typename R> SS_DEVICE void unknown(const fuse_job<R> &j, const fuse_place<R> &p) {
     R chance[N], one[N], zero[N];
     uint8_t label[N];
 #pragma unroll
@@ -379,7 +475,7 @@ template <typename T, int N> struct fuse_piece {
 
 /* N numbers of each of the first `left` of COUNT sources, voxel p.v being element `at`. */
 template <int COUNT, int N, typename T, typename R>
-SS_DEVICE void load_batch(const fuse_job<R> &j, const fuse_place &p, const int *s, int left,
+SS_DEVICE void load_batch(const fuse_job<R> &j, const fuse_place<R> &p, const int *s, int left,
                           int64_t at, R (*out)[N]) {
     if constexpr (sizeof(T) > 1 && N > 1) {
         if (j.vector) {
@@ -419,9 +515,9 @@ SS_DEVICE void load_batch(const fuse_job<R> &j, const fuse_place &p, const int *
 template <typename T> struct fuse_pieces {
     typedef ss_float<T> real;
     typedef T stored;
-    enum { N = 4, BATCH = 16 / sizeof(T), MI = 0 };
+    enum { N = 4, BATCH = sizeof(T) == 4 ? 3 : 4, MI = 0 };
     const fuse_job<real> &j;
-    const fuse_place &p;
+    const fuse_place<real> &p;
 
     template <int COUNT>
     __device__ __forceinline__ void fetch(const int *s, const int *, int left, int64_t c,
@@ -446,7 +542,7 @@ template <typename R> struct fuse_any {
     typedef R stored;
     enum { N = 16 / sizeof(R), BATCH = sizeof(R) == 8 ? 4 : 3, MI = 1 };
     const fuse_job<R> &j;
-    const fuse_place &p;
+    const fuse_place<R> &p;
 
     template <int COUNT>
     __device__ __forceinline__ void fetch(const int *s, const int *, int left, int64_t c,
@@ -480,7 +576,7 @@ template <typename R> struct fuse_classes {
     typedef R stored;
     enum { N = 1, BATCH = 4, MI = 1 };
     const fuse_job<R> &j;
-    const fuse_place &p;
+    const fuse_place<R> &p;
     R *room; /* 8 bytes per slot and thread: largest logit and sum; float64: largest + ln sum */
 
     __device__ __forceinline__ R *of(int slot) const {
@@ -533,35 +629,35 @@ template <typename R> struct fuse_classes {
 
 /* Adds class c to the state: its sums over all sources, one batch after the other. */
 template <typename S, typename R, int N>
-SS_DEVICE void add_class(const fuse_job<R> &j, const fuse_place &p, const S &source, int64_t c,
+SS_DEVICE void add_class(const fuse_job<R> &j, const fuse_place<R> &p, const S &source, int64_t c,
                          fuse_state<R, N> *state) {
     typename S::stored raw_u[1][N], raw_l[1][N];
     R ref_u[N], ref_l[N], mu[N], mean[N], spread[N], h_ref[N];
     const bool mi = S::MI && j.need_u && j.unc == UNC_MI;
-    const int slot_u = p.n, slot_l = p.n + 1;
-    source.template fetch<1>(&p.ref_u, &slot_u, 1, c, raw_u);
-    if (p.two) {
-        source.template fetch<1>(&p.ref_l, &slot_l, 1, c, raw_l);
+    const int slot_u = p.list.n, slot_l = p.list.n + 1;
+    source.template fetch<1>(&p.list.ref_u, &slot_u, 1, c, raw_u);
+    if (p.list.two) {
+        source.template fetch<1>(&p.list.ref_l, &slot_l, 1, c, raw_l);
     }
 #pragma unroll
     for (int k = 0; k < N; ++k) {
         mu[k] = mean[k] = spread[k] = h_ref[k] = ref_l[k] = 0;
         ref_u[k] = ss_value(raw_u[0][k]);
-        if (p.two) {
+        if (p.list.two) {
             ref_l[k] = ss_value(raw_l[0][k]);
         }
         if (mi) {
             h_ref[k] = entropy_of(j, ref_u[k]);
         }
     }
-    for (int i = 0; i < p.n; i += S::BATCH) {
+    for (int i = 0; i < p.list.n; i += S::BATCH) {
         typename S::stored x[S::BATCH][N];
         int s[S::BATCH], slot[S::BATCH];
-        const int left = p.n - i;
+        const int left = p.list.n - i;
 #pragma unroll
         for (int q = 0; q < S::BATCH; ++q) {
             slot[q] = i + q;
-            s[q] = j.entry[q < left ? p.first + i + q : p.first];
+            s[q] = p.list.entry[q < left ? i + q : 0];
         }
         source.template fetch<S::BATCH>(s, slot, left, c, x);
 #pragma unroll
@@ -569,8 +665,8 @@ SS_DEVICE void add_class(const fuse_job<R> &j, const fuse_place &p, const S &sou
             if (q >= left) {
                 continue;
             }
-            const R r_unc = j.r_unc[p.first + i + q];
-            const R r_lab = p.two ? j.r_lab[p.first + i + q] : (R)0;
+            const R r_unc = p.list.r_unc[i + q];
+            const R r_lab = p.list.two ? p.list.r_lab[i + q] : (R)0;
             if (r_unc > 0) {
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
@@ -595,7 +691,7 @@ SS_DEVICE void add_class(const fuse_job<R> &j, const fuse_place &p, const S &sou
     for (int k = 0; k < N; ++k) {
         const R sum = mu[k];
         mu[k] += ref_u[k];
-        mean[k] = p.two ? mean[k] + ref_l[k] : mu[k];
+        mean[k] = p.list.two ? mean[k] + ref_l[k] : mu[k];
         R part = spread[k] - sum * sum;
         if (j.need_u && j.unc != UNC_VAR) {
             part = entropy_of(j, mu[k]);
@@ -619,11 +715,12 @@ template <int N, typename R> SS_DEVICE void start(fuse_state<R, N> *s) {
 template <typename S, int BLOCKS>
 SS_KERNEL void __launch_bounds__(THREADS, BLOCKS) k_fuse(fuse_job<typename S::real> j) {
     typedef typename S::real R;
-    const fuse_place p = place_of(j, S::N);
+    SS_SHARED fuse_list<R> list;
+    const fuse_place<R> p = place_of(j, S::N, &list);
     if (p.v >= j.V) {
         return;
     }
-    if (!p.known) {
+    if (!p.list.known) {
         unknown<S::N>(j, p);
         return;
     }
@@ -638,17 +735,19 @@ SS_KERNEL void __launch_bounds__(THREADS, BLOCKS) k_fuse(fuse_job<typename S::re
 
 template <typename R> SS_KERNEL void __launch_bounds__(MANY_THREADS, 4) k_fuse_many(fuse_job<R> j) {
     SS_DYNAMIC_SHARED(R, room); /* a thread sees its own part alone: no barriers */
-    const fuse_place p = place_of(j, 1);
+    SS_SHARED fuse_list<R> list;
+    const fuse_place<R> p = place_of(j, 1, &list);
     if (p.v >= j.V) {
         return;
     }
-    if (!p.known) {
+    if (!p.list.known) {
         unknown<1>(j, p);
         return;
     }
     const fuse_classes<R> source = {j, p, room};
-    for (int slot = 0; slot < p.n + (p.two ? 2 : 1); ++slot) {
-        const int s = slot < p.n ? j.entry[p.first + slot] : (slot == p.n ? p.ref_u : p.ref_l);
+    for (int slot = 0; slot < p.list.n + (p.list.two ? 2 : 1); ++slot) {
+        const int s =
+            slot < p.list.n ? p.list.entry[slot] : (slot == p.list.n ? p.list.ref_u : p.list.ref_l);
         FUSE_FOR_DTYPE(j, R, T, source.template look<T>(s, slot));
     }
     fuse_state<R, 1> state;
@@ -671,7 +770,7 @@ SS_DEVICE float sum_of_four(const float *r, const float *d) {
 
 /* Both means, where nothing can cancel: no reference. False where a logit is not finite. */
 template <int N>
-SS_DEVICE bool means_of_logits(const fuse_job<float> &j, const fuse_place &p, float *mu,
+SS_DEVICE bool means_of_logits(const fuse_job<float> &j, const fuse_place<float> &p, float *mu,
                                float *mean) {
     int32_t most = 0;
 #pragma unroll
@@ -679,16 +778,16 @@ SS_DEVICE bool means_of_logits(const fuse_job<float> &j, const fuse_place &p, fl
         mu[k] = mean[k] = 0;
     }
     const int64_t at = p.b * j.C * j.V + p.v, other = j.C == 2 ? j.V : 0;
-    for (int i = 0; i < p.n; i += 4) {
+    for (int i = 0; i < p.list.n; i += 4) {
         float first[4][N], z[4][N], r_unc[4], r_lab[4];
         int s[4];
 #pragma unroll
         for (int q = 0; q < 4; ++q) { /* the last batch: its first source again, for nothing */
-            const bool there = i + q < p.n;
-            const int e = p.first + (there ? i + q : i);
-            s[q] = j.entry[e];
-            r_unc[q] = there ? j.r_unc[e] : 0.0f;
-            r_lab[q] = there ? j.r_lab[e] : 0.0f;
+            const bool there = i + q < p.list.n;
+            const int e = there ? i + q : i;
+            s[q] = p.list.entry[e];
+            r_unc[q] = there ? p.list.r_unc[e] : 0.0f;
+            r_lab[q] = there ? p.list.r_lab[e] : 0.0f;
         }
         FUSE_FOR_DTYPE(j, float, T, load_batch<4, N, T>(j, p, s, 4, at, first);
                        load_batch<4, N, T>(j, p, s, 4, at + other, z));
@@ -704,7 +803,7 @@ SS_DEVICE bool means_of_logits(const fuse_job<float> &j, const fuse_place &p, fl
                 d[q] = denominator(y);
             }
             mu[k] += sum_of_four(r_unc, d);
-            if (p.two) {
+            if (p.list.two) {
                 mean[k] += sum_of_four(r_lab, d);
             }
         }
@@ -715,21 +814,21 @@ SS_DEVICE bool means_of_logits(const fuse_job<float> &j, const fuse_place &p, fl
 /* The same by the sigmoids themselves, one after the other, as the CPU does beside a logit that is
  * not finite. */
 template <int N>
-SS_DEVICE void means_of_sigmoids(const fuse_job<float> &j, const fuse_place &p, float *mu,
+SS_DEVICE void means_of_sigmoids(const fuse_job<float> &j, const fuse_place<float> &p, float *mu,
                                  float *mean) {
     const fuse_any<float> source = {j, p};
     float ref_u[1][N], ref_l[1][N], x[1][N];
-    source.fetch<1>(&p.ref_u, nullptr, 1, 0, ref_u);
-    const int of_mean = p.two ? p.ref_l : p.ref_u;
+    source.fetch<1>(&p.list.ref_u, nullptr, 1, 0, ref_u);
+    const int of_mean = p.list.two ? p.list.ref_l : p.list.ref_u;
     source.fetch<1>(&of_mean, nullptr, 1, 0, ref_l);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
         mu[k] = mean[k] = 0;
     }
-    for (int e = p.first; e < p.first + p.n; ++e) {
-        const int s = j.entry[e];
-        const float r_unc = s == p.ref_u ? 0.0f : j.r_unc[e];
-        const float r_lab = p.two && s != p.ref_l ? j.r_lab[e] : 0.0f;
+    for (int e = 0; e < p.list.n; ++e) {
+        const int s = p.list.entry[e];
+        const float r_unc = s == p.list.ref_u ? 0.0f : p.list.r_unc[e];
+        const float r_lab = p.list.two && s != p.list.ref_l ? p.list.r_lab[e] : 0.0f;
         source.fetch<1>(&s, nullptr, 1, 0, x);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
@@ -746,11 +845,12 @@ SS_DEVICE void means_of_sigmoids(const fuse_job<float> &j, const fuse_place &p, 
 
 SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_sigmoids(fuse_job<float> j) {
     enum { N = fuse_any<float>::N };
-    const fuse_place p = place_of(j, N);
+    SS_SHARED fuse_list<float> list;
+    const fuse_place<float> p = place_of(j, N, &list);
     if (p.v >= j.V) {
         return;
     }
-    if (!p.known) {
+    if (!p.list.known) {
         unknown<N>(j, p);
         return;
     }
@@ -762,7 +862,7 @@ SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_sigmoids(fuse_job<float> j) 
     start(&state);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-        mean[k] = p.two ? mean[k] : mu[k];
+        mean[k] = p.list.two ? mean[k] : mu[k];
         if (j.need_u) {
             state.doubt[k] = entropy_of(j, mu[k]);
         }
@@ -778,7 +878,7 @@ SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_sigmoids(fuse_job<float> j) 
 
 /* A source's C <= MOST logits. */
 template <int MOST, typename R>
-SS_DEVICE void load_logits(const fuse_job<R> &j, const fuse_place &p, int s, R *x) {
+SS_DEVICE void load_logits(const fuse_job<R> &j, const fuse_place<R> &p, int s, R *x) {
     const int64_t at = p.b * j.C * j.V + p.v;
     FUSE_FOR_DTYPE(
         j, R, T, _Pragma("unroll") for (int c = 0; c < MOST; ++c) {
@@ -823,23 +923,24 @@ template <int MOST, typename R> SS_DEVICE R entropy_of_all(const fuse_job<R> &j,
 template <int MOST, typename R>
 SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_softmax(fuse_job<R> j) {
     enum { LAB = MOST > 8 ? 1 : MOST, AHEAD = sizeof(R) == 4 };
-    const fuse_place p = place_of(j, 1);
+    SS_SHARED fuse_list<R> list;
+    const fuse_place<R> p = place_of(j, 1, &list);
     if (p.v >= j.V) {
         return;
     }
-    if (!p.known) {
+    if (!p.list.known) {
         unknown<1>(j, p);
         return;
     }
-    const bool mi = j.need_u && j.unc == UNC_MI, two = LAB == MOST && p.two;
+    const bool mi = j.need_u && j.unc == UNC_MI, two = LAB == MOST && p.list.two;
     R ref_u[MOST], ref_l[LAB], mu[MOST], mean[LAB], spread = 0, h_ref = 0;
     R x[MOST], next[MOST]; /* the next source is on its way while this one is computed */
-    load_logits<MOST>(j, p, p.ref_u, ref_u);
+    load_logits<MOST>(j, p, p.list.ref_u, ref_u);
     if (two) {
-        load_logits<LAB>(j, p, p.ref_l, ref_l);
+        load_logits<LAB>(j, p, p.list.ref_l, ref_l);
     }
-    if (AHEAD && p.n > 0) {
-        load_logits<MOST>(j, p, j.entry[p.first], next);
+    if (AHEAD && p.list.n > 0) {
+        load_logits<MOST>(j, p, p.list.entry[0], next);
     }
     softmax<MOST>(j, ref_u);
     if (two) {
@@ -852,18 +953,18 @@ SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_softmax(fuse_job<R> j) {
     if (mi) {
         h_ref = entropy_of_all<MOST>(j, ref_u);
     }
-    for (int e = p.first; e < p.first + p.n; ++e) {
-        const R r_unc = j.r_unc[e], r_lab = two ? j.r_lab[e] : (R)0;
+    for (int e = 0; e < p.list.n; ++e) {
+        const R r_unc = p.list.r_unc[e], r_lab = two ? p.list.r_lab[e] : (R)0;
         if (AHEAD) {
 #pragma unroll
             for (int c = 0; c < MOST; ++c) {
                 x[c] = next[c];
             }
-            if (e + 1 < p.first + p.n) {
-                load_logits<MOST>(j, p, j.entry[e + 1], next);
+            if (e + 1 < p.list.n) {
+                load_logits<MOST>(j, p, p.list.entry[e + 1], next);
             }
         } else {
-            load_logits<MOST>(j, p, j.entry[e], x);
+            load_logits<MOST>(j, p, p.list.entry[e], x);
         }
         softmax<MOST>(j, x);
         if (r_unc > 0) {
@@ -909,70 +1010,26 @@ SS_KERNEL void __launch_bounds__(THREADS, 2) k_fuse_softmax(fuse_job<R> j) {
     finish<1>(j, p, state);
 }
 
-/* ---- checks: the CPU's -------------------------------------------------------------------------
+/* ---- checks: the CPU's, but for values
+ * -------------------------------------------------------------------------
  */
 
 static const char *name_of(int32_t dtype) {
     return dtype == SS_F64 ? "f64" : (dtype == SS_F32 ? "f32" : (dtype == SS_F16 ? "f16" : "bf16"));
 }
 
-static double weight_at(const ss_doubles *r, int64_t s, int64_t b, int64_t S, int64_t B) {
-    return r->at[r->n == S ? s : s * B + b];
-}
-
-/* Checks one sample's column of weights: its sum and the first source of largest weight, -1 if all
- * are 0. */
-static ss_status column(ss_exec *x, const char *name, const ss_doubles *r, int64_t b,
-                        const ss_fuse_args *a, double *sum, int *ref) {
-    const int64_t S = a->sources.n, B = a->sources.at[0].shape[0];
-    double most = 0;
-    *sum = 0;
-    *ref = -1;
-    for (int64_t s = 0; s < S; ++s) {
-        double v = weight_at(r, s, b, S, B);
-        if (!(v >= 0) || v > 2) {
-            return ss_cuda_fail(x, SS_INVALID,
-                                "%s: expected weights from 0 to 1, got %g for source %lld", name, v,
-                                (long long)s);
-        }
-        *sum += v;
-        if (v > most) {
-            most = v;
-            *ref = (int)s;
-        }
-    }
-    if (*ref >= 0 && !(*sum > 1 - 1e-4 && *sum < 1 + 1e-4)) {
-        return ss_cuda_fail(x, SS_INVALID,
-                            "%s: expected weights that sum to 1 (divide them by their sum), got a "
-                            "sum of %g for sample %lld",
-                            name, *sum, (long long)b);
-    }
-    return SS_OK;
-}
-
-static ss_status columns(ss_exec *x, const ss_fuse_args *a, int64_t b, double *sum, int *ref) {
-    SS_TRY(column(x, "weights", &a->weights, b, a, sum, ref));
-    SS_TRY(column(x, "uncertainty_weights", &a->uncertainty_weights, b, a, sum + 1, ref + 1));
-    if ((ref[0] < 0) != (ref[1] < 0)) {
-        return ss_cuda_fail(x, SS_INVALID,
-                            "uncertainty_weights: expected all 0 exactly where weights are, got "
-                            "something else for sample %lld",
-                            (long long)b);
-    }
-    return SS_OK;
-}
-
 static ss_status check(ss_exec *x, const ss_fuse_args *a) {
     const ss_tensor *first = a->sources.at;
     const int64_t S = a->sources.n, B = first->shape[0], C = first->shape[1], K = C == 1 ? 2 : C;
     const char *names[] = {"weights", "uncertainty_weights"};
-    const int64_t counts[] = {a->weights.n, a->uncertainty_weights.n};
+    const ss_tensor *tables[] = {&a->weights, &a->uncertainty_weights};
     for (int i = 0; i < 2; ++i) {
-        if (counts[i] != S && counts[i] != S * B) {
+        if (tables[i]->data && tables[i]->shape[0] != S) {
             return ss_cuda_fail(x, SS_INVALID,
-                                "%s: expected one weight per source (%lld), or per source and "
-                                "sample (%lld), got %lld",
-                                names[i], (long long)S, (long long)(S * B), (long long)counts[i]);
+                                "%s: expected shape (%lld, %lld), one per source and sample, got "
+                                "(%lld, %lld)",
+                                names[i], (long long)S, (long long)B,
+                                (long long)tables[i]->shape[0], (long long)tables[i]->shape[1]);
         }
     }
     for (int64_t s = 1; s < S; ++s) {
@@ -992,25 +1049,20 @@ static ss_status check(ss_exec *x, const ss_fuse_args *a) {
                             "ignore_index: expected a number from %lld to 255, got %lld",
                             (long long)K, (long long)a->ignore_index);
     }
-    bool any = false;
-    for (int64_t b = 0; b < (counts[0] == S && counts[1] == S ? 1 : B); ++b) {
-        double sum[2];
-        int ref[2];
-        SS_TRY(columns(x, a, b, sum, ref));
-        any |= ref[0] >= 0;
-    }
-    return any ? SS_OK
-               : ss_cuda_fail(x, SS_INVALID,
-                              "weights: expected at least one weight above 0, got none");
+    return SS_OK;
 }
 
 /* ---- launches ----------------------------------------------------------------------------------
  */
 
-/* What does not depend on the sample. */
-template <typename R> static fuse_job<R> job_of(const ss_fuse_args *a) {
+template <typename R> static fuse_job<R> job_of(const ss_exec *x, const ss_fuse_args *a) {
     fuse_job<R> j = {};
     const ss_tensor *t = a->sources.at;
+    j.r[0] = (const double *)a->weights.data;
+    j.r[1] = a->uncertainty_weights.data ? (const double *)a->uncertainty_weights.data : j.r[0];
+    j.faults = SS_FAULTS_OF(x, fuse);
+    j.S = (int32_t)a->sources.n;
+    j.B = t->shape[0];
     j.C = t->shape[1];
     j.V = t->shape[2];
     const int64_t K = j.C == 1 ? 2 : j.C;
@@ -1060,49 +1112,12 @@ template <typename R> static bool in_pieces(const fuse_job<R> &j, int64_t S, int
            ss_aligned16(j.weight) && (uintptr_t)j.label % N == 0;
 }
 
-/* The list of sample b as number `at` of the launch. */
-template <typename R>
-static ss_status list_sources(ss_exec *x, const ss_fuse_args *a, int64_t b, int at,
-                              fuse_job<R> *j) {
-    const int64_t S = a->sources.n, B = a->sources.at[0].shape[0];
-    double sum[2], r[2][SS_MAX_LIST];
-    int ref[2], n = at * j->stride;
-    SS_TRY(columns(x, a, b, sum, ref));
-    j->count[at] = 0;
-    j->kind[at] = FUSE_UNKNOWN;
-    if (ref[0] < 0) {
-        return SS_OK;
-    }
-    for (int64_t s = 0; s < S; ++s) {
-        r[0][s] = weight_at(&a->weights, s, b, S, B) / sum[0];
-        r[1][s] = weight_at(&a->uncertainty_weights, s, b, S, B) / sum[1];
-    }
-    const bool same = memcmp(r[0], r[1], (size_t)S * sizeof(double)) == 0;
-    const bool two = j->need_u && j->need_mean && !same;
-    const int mu = j->need_u ? 1 : 0;
-    j->kind[at] = two ? FUSE_TWO : FUSE_ONE;
-    j->ref_l[at] = (uint8_t)ref[0];
-    j->ref_u[at] = (uint8_t)ref[mu];
-    for (int s = 0; s < S; ++s) { /* a reference differs from itself by nothing */
-        double lab = two && (j->sigmoids || s != ref[0]) ? r[0][s] : 0;
-        double unc = j->sigmoids || s != ref[mu] ? r[mu][s] : 0;
-        if (lab > 0 || unc > 0) {
-            j->r_lab[n] = (R)lab;
-            j->r_unc[n] = (R)unc;
-            j->entry[n++] = (uint8_t)s;
-            ++j->count[at];
-        }
-    }
-    j->any_two |= two;
-    return SS_OK;
-}
-
-/* One launch for `samples` samples. */
-template <typename R>
-static ss_status launch(ss_exec *x, fuse_job<R> *j, int64_t S, int64_t samples) {
+template <typename R> static ss_status launch(ss_exec *x, fuse_job<R> *j) {
+    const int64_t S = j->S;
     int threads = THREADS, n = 16 / (int)sizeof(R);
     const bool softmax = j->logits && j->C > 2;
-    const bool many = softmax && j->C > (sizeof(R) == 8 || j->any_two ? 8 : 16);
+    const bool may_two = j->need_u && j->need_mean && j->r[0] != j->r[1];
+    const bool many = softmax && j->C > (sizeof(R) == 8 || may_two ? 8 : 16);
     if (softmax) {
         n = 1;
     }
@@ -1112,7 +1127,7 @@ static ss_status launch(ss_exec *x, fuse_job<R> *j, int64_t S, int64_t samples) 
     j->vector = in_pieces(*j, S, n);
     const bool pieces = j->vector && !j->logits && !(j->need_u && j->unc == UNC_MI);
     j->chunks = ss_blocks(j->V, threads * n);
-    const unsigned blocks = (unsigned)(j->chunks * samples);
+    const unsigned blocks = (unsigned)(j->chunks * j->B);
     if (many) {
         return SS_LAUNCH(x, blocks, threads, (size_t)(S + 2) * threads * 8, (k_fuse_many<R>), *j);
     }
@@ -1147,26 +1162,8 @@ static ss_status launch(ss_exec *x, fuse_job<R> *j, int64_t S, int64_t samples) 
 }
 
 template <typename R> static ss_status run(ss_exec *x, const ss_fuse_args *a) {
-    const int64_t S = a->sources.n, B = a->sources.at[0].shape[0];
-    fuse_job<R> j = job_of<R>(a);
-    if (!j.need_u && !j.need_mean && !j.weight) {
-        return SS_OK;
-    }
-    if (a->weights.n == S && a->uncertainty_weights.n == S) {
-        SS_TRY(list_sources(x, a, 0, 0, &j));
-        return launch(x, &j, S, B);
-    }
-    j.stride = (int32_t)S;
-    const int64_t most = SS_MAX_LIST / S < MOST_SAMPLES ? SS_MAX_LIST / S : MOST_SAMPLES;
-    for (int64_t b = 0; b < B; b += most) {
-        const int64_t samples = B - b < most ? B - b : most;
-        for (int64_t i = 0; i < samples; ++i) {
-            SS_TRY(list_sources(x, a, b + i, (int)i, &j));
-        }
-        j.sample = b;
-        SS_TRY(launch(x, &j, S, samples));
-    }
-    return SS_OK;
+    fuse_job<R> j = job_of<R>(x, a);
+    return j.need_u || j.need_mean || j.weight ? launch(x, &j) : SS_OK;
 }
 
 ss_status SS_CUDA(fuse)(ss_exec *x, const ss_fuse_args *a) {

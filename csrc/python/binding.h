@@ -23,8 +23,10 @@
 int ss_py_tensor(PyObject *object, const char *op, const char *label, ss_tensor *out,
                  PyObject *keep);
 
-/* The stream on which the framework that owns `object` is working; 0 if it did not say. */
+/* The stream on which the framework that owns `object` is working; NULL if it did not say. */
 int ss_py_stream(PyObject *object, const ss_tensor *t, void **stream);
+/* Whether arrays of a type say it, in a way that is known here. */
+int ss_py_tells_stream(PyObject *type);
 
 /* Converts arguments by the schema, checks, runs without the GIL; None or NULL with an exception.
  */

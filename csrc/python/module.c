@@ -118,6 +118,11 @@ static PyObject *load_backend(PyObject *module, PyObject *path) {
     return Py_NewRef(Py_None);
 }
 
+static PyObject *tells_stream(PyObject *module, PyObject *type) {
+    (void)module;
+    return PyBool_FromLong(ss_py_tells_stream(type));
+}
+
 static PyObject *operators_of(const ss_backend *backend) {
     PyObject *names = PyList_New(0);
     for (int32_t op = 0; names && op < SS_OPS; ++op) {
@@ -191,6 +196,8 @@ static PyMethodDef methods[] = {
      "load_backend(path, /)\n--\n\nLoad a library with a backend; ImportError says why not."},
     {"backends", backends, METH_NOARGS,
      "backends()\n--\n\nNames of the backends in this process, each with its operators."},
+    {"tells_stream", tells_stream, METH_O,
+     "tells_stream(type, /)\n--\n\nWhether arrays of a type tell the core their current stream."},
     {"empty", empty, METH_O,
      "empty(bytes, /)\n--\n\nA new uint8 array; its memory is used again when it has died."},
     {"keep_at_most", keep_at_most, METH_O,

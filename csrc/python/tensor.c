@@ -3,7 +3,8 @@
  * tensor.c: any array -> ss_tensor, without a copy.
  *
  * Order: NumPy's C API; DLPack's exchange API (torch >= 2.10: on the stack, about 0.4 us); the
- * `__dlpack__` capsule that every array library has (about 10 us).
+ * `__dlpack__` capsule that every array library has (about 10 us). An exchange API of a major
+ * version that is not known here, and has no known one behind it, is none.
  */
 #include "binding.h"
 
@@ -153,10 +154,9 @@ static int from_dlpack(const ss_dl_tensor *t, PyObject *object, const char *op, 
     return 0;
 }
 
-/* The exchange table of the object's type, or NULL without an exception. */
-static const ss_dl_exchange *exchange_of(PyObject *object) {
-    PyObject *capsule =
-        PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__dlpack_c_exchange_api__");
+/* The exchange table of a type, or NULL without an exception. */
+static const ss_dl_exchange *exchange_of(PyObject *type) {
+    PyObject *capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
     if (!capsule) {
         PyErr_Clear();
         return NULL;
@@ -256,7 +256,7 @@ int ss_py_tensor(PyObject *object, const char *op, const char *label, ss_tensor 
     if (PyArray_Check(object)) {
         return from_numpy((PyArrayObject *)object, op, label, out);
     }
-    const ss_dl_exchange *api = exchange_of(object);
+    const ss_dl_exchange *api = exchange_of((PyObject *)Py_TYPE(object));
     if (api && api->tensor_from_py) {
         ss_dl_tensor t;
         memset(&t, 0, sizeof t);
@@ -270,11 +270,16 @@ int ss_py_tensor(PyObject *object, const char *op, const char *label, ss_tensor 
     return -1;
 }
 
+int ss_py_tells_stream(PyObject *type) {
+    const ss_dl_exchange *api = exchange_of(type);
+    return api && api->current_stream;
+}
+
 int ss_py_stream(PyObject *object, const ss_tensor *t, void **stream) {
-    const ss_dl_exchange *api = exchange_of(object);
+    const ss_dl_exchange *api = exchange_of((PyObject *)Py_TYPE(object));
     *stream = NULL;
     if (!api || !api->current_stream) {
-        return 0; /* the legacy default stream */
+        return 0; /* the legacy default stream: ops.py makes the current one wait for it */
     }
     return api->current_stream(t->device, t->device_index, stream) == 0 ? 0 : -1;
 }

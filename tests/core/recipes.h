@@ -55,13 +55,25 @@ static inline void specialist_targets_sizes(arguments *a, int pass) {
     }
 }
 
+/* A table [S, B], where one was made at all. */
+static inline void equal_weights(arguments *a, const char *name, const ss_list *sources) {
+    ss_tensor *t = argument(a, name);
+    if (t->data) {
+        const int64_t shape[] = {sources->n, sources->at[0].shape[0]};
+        *t = ss_tensor_of(NULL, SS_F64, 2, shape);
+        double *at = t->data = buffer(a, (size_t)ss_count(t) * sizeof *at, 0);
+        for (int64_t i = 0; i < ss_count(t); ++i) {
+            at[i] = 1.0 / (double)sources->n;
+        }
+    }
+}
+
 static inline void fuse_numbers(arguments *a, int pass) {
     a->probabilities = 1;
     if (pass == 1) {
         const ss_list *sources = argument(a, "sources");
-        double equal = 1.0 / (double)sources->n;
-        set_doubles(a, "weights", sources->n, equal);
-        set_doubles(a, "uncertainty_weights", sources->n, equal);
+        equal_weights(a, "weights", sources);
+        equal_weights(a, "uncertainty_weights", sources);
         set_int(a, "channels", sources->at[0].shape[1] == 1 ? 2 : sources->at[0].shape[1]);
         set_int(a, "ignore_index", 255);
     }
