@@ -18,7 +18,7 @@ from PIL import Image
 
 from semisam import cli
 from semisam.engine import gallery, pictures, results
-from semisam.engine.report import render, report, verdict
+from semisam.engine.report import _facts, render, report, verdict
 from semisam.engine.results import Scores, compare, find_runs, read_run
 
 DRAWS = (1, 2, 3)
@@ -138,6 +138,17 @@ def test_every_draw_may_learn_from_a_run_of_its_own():
     assert len(method.runs) == 3
     runs[0].config["term"]["offline_from"] = None  # this one teaches itself
     assert len(compare(runs).methods) == 2
+
+
+def test_steps_are_those_of_both_stages():
+    runs = [made("semisam-mean-teacher", 0.8), made("mean-teacher", 0.7)]
+    for run, steps in zip(runs, (500, 1000), strict=True):
+        run.log["step"] = np.array([1, steps])
+    facts = _facts(compare(runs), runs[0])
+    assert ("500–1 000", "steps") in facts
+    runs[0].config["term"] = {"first_stage": 500}
+    runs[1].config["term"] = {"first_stage": 500}  # of a method without the term it says nothing
+    assert ("1 000", "steps") in _facts(compare(runs), runs[0])
 
 
 def test_gains_use_the_cases_that_both_have():

@@ -296,13 +296,21 @@ def _facts(found: Comparison, focus: RunRecord) -> list[tuple[str, str]]:
     draws = max(len({run.draw for run in m.runs}) for m in found.methods)
     facts = [(str(len(split[role])), f"{role} scans") for role in split if split[role] or role == "unlabeled"]
     facts.append((str(draws), "draw of the labeled set" if draws == 1 else "draws of the labeled set"))
-    if focus.last_step:
-        facts.append((f"{focus.last_step:,}".replace(",", " "), "steps"))
+    steps = sorted({_steps(run) for m in found.methods for run in m.runs} - {0})
+    if steps:
+        ends = dict.fromkeys((steps[0], steps[-1]))
+        facts.append(("–".join(f"{n:,}".replace(",", " ") for n in ends), "steps"))
     seconds = [number(str(run.meta.get("seconds"))) for m in found.methods for run in m.runs]
     total = float(np.nansum(seconds)) if seconds else 0.0
     if total > 0:
         facts.append((_duration(total), "training in all" if len(seconds) > 1 else "training"))
     return facts
+
+
+def _steps(run: RunRecord) -> int:
+    """The steps of a run, with those of its first stage."""
+    first = run.setting("term.first_stage", 0) if run.method.startswith("semisam-") else 0
+    return run.last_step + int(first) if run.last_step else 0
 
 
 def _duration(seconds: float) -> str:
