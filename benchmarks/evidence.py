@@ -71,7 +71,7 @@ SETTINGS: dict[str, Any] = {
 
 STAGES: dict[str, Any] = {
     **SETTINGS,
-    # Chosen on scans 100 to 119 and another draw of the labeled ones (11), as examples/second-stage.yaml.
+    # Chosen on scans 100 to 119 and another draw of the labeled ones (11), as recipe two-stages.
     "train.steps": 1000,
     "term.gate_steps": 250,  # whoever is to teach is prompted by a network of 500 steps
     "term.offline_start": None,

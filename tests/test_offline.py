@@ -482,27 +482,31 @@ def test_settings_that_cannot_work(data, sure, more, message):
         config.check(made(data, sure, **more))
 
 
-@pytest.mark.parametrize(("example", "settings"), [("offline", "SETTINGS"), ("second-stage", "STAGES")])
-def test_the_examples_are_configurations(example, settings):
-    """What the evidence was made with, as far as the term goes."""
-    from pathlib import Path  # noqa: PLC0415
-
+@pytest.mark.parametrize(("recipe", "settings"), [("offline", "SETTINGS"), ("two-stages", "STAGES")])
+def test_recipes_are_what_the_evidence_was_made_with(recipe, settings, tmp_path, monkeypatch):
+    """As far as the term goes; a file of that name comes first."""
     from benchmarks import evidence  # noqa: PLC0415
 
-    made = config.load(Path(__file__).parents[1] / "examples" / f"{example}.yaml", [("train.steps", 250)])
+    made = config.load(recipe, [("train.steps", 250)])
     config.check(made)
     theirs = config.load(settings=list(getattr(evidence, settings).items()))
     assert replace(made.term, gate_steps=theirs.term.gate_steps, first_stage=0) == theirs.term
     assert made.train.memory_format == theirs.train.memory_format
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / recipe).mkdir()  # a folder is no file
+    assert config.load(recipe, [("train.steps", 250)]) == made
+    (tmp_path / recipe).rmdir()
+    (tmp_path / recipe).write_text("train: {steps: 7}")
+    assert config.load(recipe).train.steps == 7
+    with pytest.raises(config.ConfigError, match=r"cannot be read: .*; recipes are offline, two-stages"):
+        config.load("three-stages")
 
 
-def test_a_quick_check_labels_scans(data, tmp_path, capsys):
-    from pathlib import Path  # noqa: PLC0415
-
+@pytest.mark.parametrize("recipe", config.recipes())
+def test_a_quick_check_labels_scans(data, tmp_path, capsys, recipe):
     from semisam.cli import main  # noqa: PLC0415
 
-    example = str(Path(__file__).parents[1] / "examples" / "offline.yaml")
-    line = ["train", str(data), "--out", str(tmp_path / "r"), "--config", example, "--quick-check"]
+    line = ["train", str(data), "--out", str(tmp_path / "r"), "--config", recipe, "--quick-check"]
     line += ["--labeled", "2", "--patch", "16", "16", "16", "--device", "cpu"]
     assert main([*line, "--set", "specialist.options={channels: [4, 8]}"]) == 0
     assert "labeled as wholes" in "".join(capsys.readouterr())

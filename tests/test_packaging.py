@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DATA = [
+    "semisam/engine/report.html.j2",
+    *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "semisam" / "engine" / "recipes").glob("*.yaml"))),
+]
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 USE = """
@@ -108,7 +112,7 @@ def test_sdist_has_what_a_build_needs(sdist):
         "LICENSE",
         "semisam/VERSION",
         "semisam/py.typed",
-        "semisam/engine/report.html.j2",
+        *DATA,
     }
     assert wanted <= names, wanted - names
     refused = [
@@ -140,7 +144,7 @@ def check_wheel(wheel: Path) -> None:
     sources = {
         str(p.relative_to(ROOT)) for p in (ROOT / "semisam").rglob("*.py*") if p.suffix in (".py", ".pyi")
     }
-    expected = sources | {"semisam/py.typed", "semisam/VERSION", "semisam/engine/report.html.j2"}
+    expected = sources | {"semisam/py.typed", "semisam/VERSION", *DATA}
     extensions = [n for n in package if n.endswith(".so")]
     assert len(extensions) == 1
     assert extensions[0].startswith("semisam/_core.")

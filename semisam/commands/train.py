@@ -8,7 +8,7 @@ examples:
   semisam train DATA --out runs/mt --method mean-teacher --labeled 4 --steps 2000 --patch 32 48 32
   semisam train DATA --out runs/tuned --config plus.yaml --set train.lr=0.02 --set term.options.lam_sam=1
   semisam train DATA --out runs/sam --generalist sam-med3d-turbo --checkpoint sam_med3d_turbo.pth
-  semisam train DATA --out runs/two-stages --config examples/second-stage.yaml --steps 500 --patch 32 32 32
+  semisam train DATA --out runs/two-stages --config two-stages --steps 500 --patch 32 32 32
   semisam train DATA --out runs/first --quick-check        a few steps of everything, in a minute
   semisam train --out runs/first --resume                  continues after a kill, with the same bits
   torchrun --nproc-per-node 2 -m semisam train DATA --out runs/two-gpus
@@ -57,7 +57,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--config",
         metavar="FILE",
-        help="YAML or TOML file with sections data, specialist, method, term, train",
+        help="YAML or TOML file with sections data, specialist, method, term, train, or a recipe: "
+        + ", ".join(settings.recipes()),
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, as train.lr=0.02")
     add("--resume", action="store_true", help="continue RUN from its last checkpoint")

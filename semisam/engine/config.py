@@ -28,9 +28,11 @@ __all__ = [
     "from_dict",
     "load",
     "parse_setting",
+    "recipes",
 ]
 
 
+_RECIPES = Path(__file__).with_name("recipes")
 PUBLISHED = "published"
 """The preset that does wrong on purpose."""
 
@@ -166,8 +168,9 @@ def load(path: str | os.PathLike[str] | None = None, settings: Iterable[tuple[st
     """Return the configuration: defaults, over them a YAML or TOML file, over that single settings.
 
     `settings` are pairs of a dotted key and its value, later ones win; see `parse_setting` for those of
-    a command line. The file has the sections data, specialist, method, term, train. Nothing is checked
-    beyond names and types; `check` does the rest.
+    a command line. The file has the sections data, specialist, method, term, train; a name without an ending
+    is one of the recipes that come with the package (`recipes`). Nothing is checked beyond names and types;
+    `check` does the rest.
 
     Raises ConfigError for unknown keys (with the nearest name), values of the wrong type, and a file
     that cannot be read.
@@ -180,7 +183,7 @@ def load(path: str | os.PathLike[str] | None = None, settings: Iterable[tuple[st
     Traceback (most recent call last):
     semisam.engine.config.ConfigError: train.stpes: no such setting; did you mean train.steps?
     """
-    tree = {} if path is None else _read(Path(path))
+    tree = {} if path is None else _read(_recipe(Path(path)))
     for key, value in settings:
         *sections, leaf = key.split(".")
         place: dict[str, Any] = tree
@@ -191,6 +194,21 @@ def load(path: str | os.PathLike[str] | None = None, settings: Iterable[tuple[st
             place = inner
         place[leaf] = value
     return from_dict(tree)
+
+
+def recipes() -> list[str]:
+    """Return the names of the settings that come with the package.
+
+    >>> from semisam.engine import config
+    >>> config.recipes()
+    ['offline', 'two-stages']
+    """
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def _recipe(path: Path) -> Path:
+    """The file of a recipe, where a name of one is meant."""
+    return path if path.is_file() or str(path) not in recipes() else _RECIPES / f"{path.name}.yaml"
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
@@ -268,7 +286,8 @@ def _read(path: Path) -> dict[str, Any]:
         else:
             tree = yaml.safe_load(text)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        known = "" if path.suffix else f"; recipes are {', '.join(recipes())}"
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}{known}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: expected YAML (or TOML in a .toml file): {error}") from None
     if not isinstance(tree, dict | None):
