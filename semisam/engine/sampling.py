@@ -4,6 +4,9 @@
 There is no state to save: `batch(step)` is the same in a new process, after `--resume`, in a worker, and
 split over any number of ranks. The labeled stream is one permutation of the labeled cases per epoch, cut
 into groups (the remainder waits for another epoch); the unlabeled stream is endless permutations.
+
+MONAI's transforms and cached data sets are not used here: their random state follows the order of calls, and
+they read a case's label together with its image, which of an unlabeled case must never be opened.
 """
 
 from __future__ import annotations
