@@ -13,11 +13,7 @@ import contextlib
 import pytest
 import torch
 from torch._functorch import config as functorch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    FakeTensorDeviceMismatchError,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from semisam import losses, methods, ops, prompts
 from semisam.engine.config import MethodConfig
@@ -98,7 +94,7 @@ def check(logits, value):
 def test_the_fake_gpu_is_strict():
     image = torch.zeros(3, device=GPU)
     assert image[:2].sum().device == GPU
-    with pytest.raises(FakeTensorDeviceMismatchError):
+    with pytest.raises(RuntimeError, match=r"(?i)device"):
         image + torch.zeros(3)
     with pytest.raises(DataDependentOutputException):
         bool(image.sum() > 0)
