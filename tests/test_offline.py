@@ -18,7 +18,7 @@ from conftest import data_dir
 from test_trainer import losses, same, settings, together, weights
 
 from semisam.engine import checkpoint, config, gate, offline, results, setup, trainer
-from semisam.engine.cases import find_cases
+from semisam.engine.cases import CaseError, find_cases
 from semisam.engine.cases import split as make_split
 from semisam.engine.files import read_table
 from semisam.engine.phantom import write_phantoms
@@ -26,6 +26,8 @@ from semisam.engine.preprocess import Preprocessing
 from semisam.engine.sampling import PatchSource, augment_slice
 from semisam.engine.setup import TrainingError
 from semisam.term import SemiSAMTerm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OFFLINE = {
     "term__offline": True,
@@ -37,14 +39,6 @@ OFFLINE = {
     "train__lr": 0.05,
     "train__checkpoint_every": 3,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +403,21 @@ def test_stages_go_on_after_a_kill(data, sure, tmp_path, after, monkeypatch):
     trainer.train(saved, out, resume=True)  # nothing is left to do
     with pytest.raises(TrainingError, match=r"term.first_stage: 7, now 8"):
         trainer.train(replace(saved, term=replace(saved.term, first_stage=8)), out, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        ({"term__generalists": ["sam-med3d"]}, config.ConfigError),
+        ({"train__patch_size": [10, 10, 9]}, config.ConfigError),
+        ({"data__labeled": 99}, CaseError),
+    ],
+)
+def test_what_the_second_stage_would_refuse_is_refused_before_the_first(data, sure, tmp_path, more, error):
+    """And nothing is written: the next try is no --resume."""
+    with pytest.raises(error):
+        trainer.train(made(data, sure, **STAGES, **more), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_stages_in_two_processes(data, sure, tmp_path):

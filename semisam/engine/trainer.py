@@ -157,18 +157,26 @@ def train(
 
 
 def _first_stage(config: Config, first: Config, out: Path, resume: bool, *given: Any) -> float:
-    """Train the run before a run, or what is missing of it; return how many seconds it took."""
+    """Train the run before a run, or what is missing of it; return how many seconds it took.
+
+    What the run itself would refuse is refused now, not after its first stage.
+    """
     fabric, place = fabric_for(config.train), out / offline.FIRST_STAGE
     check_folder(out, config, resume)
-    done = json.loads((place / "run.json").read_text()) if (place / "run.json").exists() else {}
+    record_file = place / "run.json"
+    done = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
     fabric.barrier()  # before rank 0 makes the folder
     if done.get("finished"):
         return float(done["seconds"])
+    case_set, split, *rest = given
+    case_set = case_set or find_cases(config.data.root, config.data.layout)
+    split = split or make_split(case_set, config.data)
+    build_term(config, case_set.spatial_dims, len(split.class_names) - 1)
+    training = _Training(first, place, True, case_set, split, *rest)
     if fabric.is_global_zero:
-        out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.yaml", yaml.safe_dump(dump(config), sort_keys=False))
         say(f"first stage: {first.method.name}, {first.train.steps} steps, in {place}")
-    return _Training(first, place, True, *given).run().seconds
+    return training.run().seconds
 
 
 class _Training:
