@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from semisam import masks, metrics
-from semisam.engine import cases, config, demo, gate, inference, record, report, results
+from semisam.engine import cases, config, demo, gate, inference, offline, record, report, results
 from semisam.engine.files import write_text
 from semisam.engine.position import PositionPrior
 from semisam.engine.preprocess import Preprocessing
@@ -149,12 +149,7 @@ def chain(task: demo.Task, stages: bool) -> list[demo.Task]:
         return [task]
     half = made.train.steps // 2
     out, name = task.folder.parents[1], f"draw{made.data.draw}"
-    base = made.method.name.removeprefix("semisam-")
-    first = replace(
-        made,
-        method=replace(made.method, name=base),
-        train=replace(made.train, steps=half),
-    )
+    first = offline.first_stage(replace(made, term=replace(made.term, first_stage=half)))
     term = replace(made.term, offline_from=str(out / "first" / name))
     second = replace(made, term=term, train=replace(made.train, steps=made.train.steps - half))
     controls = [

@@ -27,6 +27,17 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(1337)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small operators of torch: threads that wait for each other would take most of the time."""
+    import torch  # noqa: PLC0415
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def la_case():
     """(image, label) of one left atrium volume, float32 and uint8."""

@@ -21,15 +21,9 @@ from semisam.generalists.cache import EncoderCache, WeightsHash
 from semisam.generalists.sam_med3d import SamMed3D
 from semisam.generalists.sam_med3d_network import Architecture, SamMed3DNetwork
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = (20, 24, 16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(seed=0):

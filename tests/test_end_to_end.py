@@ -12,6 +12,8 @@ from semisam.cli import main
 
 nib = pytest.importorskip("nibabel")
 torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 pytest.importorskip("lightning_fabric")
 
 SETTINGS = {
@@ -21,14 +23,6 @@ SETTINGS = {
     "train.lr": 0.01,
 }
 SMALL = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def semisam(*words: object) -> None:

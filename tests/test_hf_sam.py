@@ -29,19 +29,12 @@ transformers = pytest.importorskip("transformers")
 
 from hf_models import randomised, sam2_parts, small  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = {"sam": Sam, "sam2": Sam2, "sam3": Sam3, "medsam": MedSam}
 CLICKED = ("sam", "sam2", "sam3")
 every_family = pytest.mark.parametrize("name", FAMILIES)
 SHAPES = [(64, 48), (40, 64), (30, 51), (150, 97)]  # as large as SAM's square, smaller and larger ones
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operators of a few numbers: threads that wait for each other would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def generalist(name, **options):

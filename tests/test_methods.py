@@ -20,17 +20,11 @@ from semisam.methods.base import Batch, Method, PseudoLabel, random_key
 from semisam.specialists import UNet3d, VNet
 from semisam.term import SemiSAMTerm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEACHERS = ("mean-teacher", "ua-mt")
 BASES = (*TEACHERS, "dan")
 TOTAL = 20
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batch_of(labeled=2, unlabeled=2, side=8, seed=0, classes=2):

@@ -12,16 +12,10 @@ import torch
 from semisam.published import BUNDLES, Defects, PublishedDefects, PublishedTerm
 from semisam.term import SemiSAMTerm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOTAL, STEP, IDS = 100, 50, [7, 8, 9]
 NAMES = [f.name for f in fields(Defects)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def scene(classes=2, side=16, dims=3):

@@ -37,6 +37,8 @@ from semisam.engine.stepper import Stepper, fabric_for, memory_format_of
 from semisam.methods.base import Batch
 from semisam.term import SemiSAMTerm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {
     "specialist.options": {"channels": [4, 8]},
     "method.discriminator_channels": [4, 8],
@@ -51,14 +53,6 @@ TINY = {
     "data.labeled": 2,
     "data.validation": 1,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from semisam.generalists.vista3d import Vista3D
 from semisam.prompts import PromptBatch
 
 monai = pytest.importorskip("monai.networks.nets.vista3d")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (20, 24, 18)
 
 
@@ -35,15 +37,6 @@ def small():
     points = monai.PointMappingSAM(feature_size=8, n_classes=512, last_supported=132)
     classes = monai.ClassMappingClassify(n_classes=512, feature_size=8)
     return monai.VISTA3D(image_encoder=encoder, class_head=classes, point_head=points)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small operators: threads that wait for each other would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
