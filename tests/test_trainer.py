@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -1089,3 +1090,41 @@ def test_generalists_are_scored_where_they_teach():
     batch = Batch(torch.rand(2, 1, 8, 8, 8), torch.ones(1, 8, 8, 8, dtype=torch.uint8), (0, 1))
     trainer._Training._score_generalists(training, batch)
     assert seen == {"images": gpu, "probs": gpu}
+
+
+# ---- TensorBoard --------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_what_the_log_has(data, tmp_path, monkeypatch):
+    """Also of a run that was killed behind its last checkpoint: no step twice."""
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    made = settings(data, train__steps=6, train__checkpoint_every=3, train__log_every=1, term__gate=False)
+    made = replace(made, train=replace(made.train, tensorboard=True))
+    out, log = tmp_path / "r", trainer._Training._log
+
+    def killed(training, values):
+        log(training, values)
+        if training.done == 5:
+            training.board.flush()
+            raise MemoryError  # not caught anywhere
+
+    monkeypatch.setattr(trainer._Training, "_log", killed)
+    with pytest.raises(MemoryError):
+        trainer.train(made, out)
+    monkeypatch.undo()
+    trainer.train(made, out, resume=True)
+    board = reading.EventAccumulator(str(out / "tensorboard"))
+    board.Reload()
+    rows = read_table(out / "log.csv")
+    assert [event.step for event in board.Scalars("loss")] == [int(row["step"]) for row in rows]
+    assert [event.value for event in board.Scalars("loss")] == pytest.approx([float(r["loss"]) for r in rows])
+
+
+def test_without_tensorboard_nothing_begins(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    made = settings(data)
+    with pytest.raises(
+        config.ConfigError, match=r"train.tensorboard: .*pip install 'semisam\[tensorboard\]'"
+    ):
+        trainer.train(replace(made, train=replace(made.train, tensorboard=True)), tmp_path / "r")
+    assert not (tmp_path / "r").exists()

@@ -27,7 +27,7 @@ from semisam.engine import checkpoint, gate, inference, offline, record
 from semisam.engine.cases import CaseSet, Split, find_cases, read_image, read_label
 from semisam.engine.cases import split as make_split
 from semisam.engine.checkpoint import CheckpointError, Loaded, load
-from semisam.engine.config import Config, check, dump
+from semisam.engine.config import Config, ConfigError, check, dump
 from semisam.engine.files import Table, write_json, write_text
 from semisam.engine.position import PositionPrior
 from semisam.engine.preprocess import Preprocessing
@@ -194,6 +194,8 @@ class _Training:
         seconds: float = 0.0,
     ) -> None:
         self.config, self.out, self.received = config, out, received
+        self.board_kind = _board_kind() if config.train.tensorboard else None
+        self.board: Any = None
         self.fabric = fabric_for(config.train)
         self.first = self.fabric.is_global_zero
         check_folder(out, config, resume)
@@ -302,6 +304,8 @@ class _Training:
             self._stop_if_asked()
         if self.first:
             self._record(finished=True)
+        if self.board is not None:
+            self.board.close()
         self.fabric.barrier()
         return Run(self.out, self.done, self.meta["best"], self.meta["seconds"])
 
@@ -408,15 +412,10 @@ class _Training:
         if self.first and (self.out / "run.json").exists():
             check_data(self.out, self.digests)
         self.command = list(command or [])
-        self.board: Any = None
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "samples").mkdir(exist_ok=True)
             write_text(self.out / "config.yaml", yaml.safe_dump(dump(self.config), sort_keys=False))
-            if self.config.train.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
-
-                self.board = SummaryWriter(str(self.out / "tensorboard"))
             if not (self.out / "run.json").exists():
                 self._record(finished=False)
 
@@ -506,6 +505,10 @@ class _Training:
         for name, names in columns.items():
             place = self.out / f"{name}.csv"
             self.tables[name] = Table(place, names, keep=self.done or -1, write=self.first)
+        if (
+            self.first and self.board_kind is not None
+        ):  # what a killed run wrote beyond its checkpoint is void
+            self.board = self.board_kind(str(self.out / "tensorboard"), purge_step=self.done + 1)
         if self.done == 0 and "gate" in self.tables and self.meta["gate"]:
             self._log_gate(self.meta["gate"])
 
@@ -630,6 +633,18 @@ class _Training:
     def _share_term(self) -> None:
         if self.fabric.world_size > 1:
             self.term.load_state_dict(self.fabric.broadcast(self.term.state_dict()))
+
+
+def _board_kind() -> Any:
+    """TensorBoard's writer; ConfigError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(
+            "train.tensorboard: expected false, as TensorBoard is not installed (pip install "
+            f"'semisam[tensorboard]'), got true ({error})"
+        ) from error
+    return SummaryWriter
 
 
 def _device_name(device: torch.device) -> str:
