@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_hf_sam import CLICKED, FAMILIES, every_family, generalist, one_thread, picture, prompted
+from test_hf_sam import CLICKED, FAMILIES, every_family, generalist, picture, prompted
 from test_term_device import STEP, TOTAL, Deterministic, both, scene
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +19,7 @@ from semisam import SemiSAMTerm, ops
 from semisam.generalists import hf_sam
 from semisam.prompts import PromptBatch
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (40, 52)
 
 
