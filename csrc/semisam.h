@@ -193,6 +193,9 @@ SS_API const ss_backend *ss_added_backend(int32_t device); /* NULL if there is n
 /* Whether a backend has an operator. */
 SS_API int32_t ss_has(const ss_backend *backend, int32_t op);
 SS_API int32_t ss_cpu_count(void);
+/* How many bytes of memory that kernels worked in may wait for the next call: 64 MiB unless told.
+ */
+SS_API void ss_keep_at_most(size_t bytes);
 /* Asks the system for huge pages behind a large fresh buffer; harmless where it cannot. */
 SS_API void ss_advise_huge(void *data, size_t bytes);
 

@@ -27,12 +27,13 @@
 #include <immintrin.h>
 #endif
 
-/* Sources are read side by side, SPAN voxels of each at a time: the hardware's prefetcher follows a
- * dozen such streams by itself, and asking for memory in advance only costs instructions. Where a
- * source is converted first, the same places of the next block are asked for: all of it between
- * strips of arithmetic where there is much, else only its head, from where the hardware takes over.
- */
-enum { STRIP = 64, HEAD = 192, SPAN = 128 };
+/* Sources are read side by side, a dozen streams at a time. Some hardware follows them by itself;
+ * where it loses them (a Zen 5, where streams lie a multiple of the page apart) a loop takes twice
+ * as long, so the loops ask for what lies AHEAD voxels further on, which elsewhere costs little.
+ * Where a source is converted first, the same places of the next block are asked for: all of it
+ * between strips of arithmetic where there is much, else only its head, from where the hardware
+ * takes over. */
+enum { STRIP = 64, HEAD = 192, SPAN = 128, MAPS_AHEAD = 256, SIGMOIDS_AHEAD = 512 };
 
 /* Sources that are added in one sweep over the sums. */
 #define GROUP 4
@@ -64,7 +65,6 @@ typedef struct plan {
     int need_u, need_mu, need_var, need_mi, need_mean, need_conf;
     int direct;    /* sources are used where they are */
     int short_way; /* see fuse_maps.h */
-    int64_t strip; /* voxels at a time there */
     int stream;
     char *scratch;
     int64_t area_bytes;
@@ -129,6 +129,18 @@ static inline void prefetch(const ss_tensor *t, int64_t at, int64_t n) {
 #endif
 }
 
+/* Asks for as many bytes as a strip of floats, `ahead` floats from here; past the end that does
+ * nothing. */
+static inline __attribute__((always_inline)) void ask_ahead(const void *at, int64_t ahead) {
+#if defined(__GNUC__)
+    for (int64_t i = 0; i < STRIP; i += 16) {
+        __builtin_prefetch((const char *)at + (ahead + i) * (int64_t)sizeof(float));
+    }
+#else
+    (void)at, (void)ahead;
+#endif
+}
+
 /* 1 + 2^y with |y| cut at 30: the sigmoid is 0 or 1 there but for 1e-9, and a product of four of
  * these is far from infinity. */
 static inline float denominator(uint32_t y) {
@@ -143,14 +155,15 @@ static inline int32_t larger_size(uint32_t y, int32_t most) {
 }
 
 /* sum += sum_k r_k sigmoid(z1_k - z0_k) over the four sources of a group, with one division:
- * r0 / A + r1 / B = (r0 B + r1 A) / (A B), and so on. z: z0 and z1 of each. Returns the bits of the
- * largest |y|: where they are not those of a number, the sums mean nothing. */
-static int32_t add_sigmoids(int64_t n, const float *r, const float *const *z, float *restrict sum) {
+ * r0 / A + r1 / B = (r0 B + r1 A) / (A B), and so on. z: z0 and z1 of each. */
+static inline __attribute__((always_inline)) int32_t some_sigmoids(int64_t n, const float *r,
+                                                                   const float *const *z,
+                                                                   int64_t at, int32_t most,
+                                                                   float *restrict sum) {
     const float r0 = r[0], r1 = r[1], r2 = r[2], r3 = r[3];
-    const float *a0 = z[0], *a1 = z[1], *b0 = z[2], *b1 = z[3];
-    const float *c0 = z[4], *c1 = z[5], *d0 = z[6], *d1 = z[7];
+    const float *a0 = z[0] + at, *a1 = z[1] + at, *b0 = z[2] + at, *b1 = z[3] + at;
+    const float *c0 = z[4] + at, *c1 = z[5] + at, *d0 = z[6] + at, *d1 = z[7] + at;
     const float rate = -1.44269504f; /* of 2^ instead of e^ */
-    int32_t most = 0;
     _Pragma("omp simd reduction(max : most)") for (int64_t i = 0; i < n; ++i) {
         uint32_t a = ss_f32_bits((a1[i] - a0[i]) * rate);
         uint32_t b = ss_f32_bits((b1[i] - b0[i]) * rate);
@@ -164,6 +177,22 @@ static int32_t add_sigmoids(int64_t n, const float *r, const float *const *z, fl
         sum[i] += upper / (AB * CD);
     }
     return most;
+}
+
+/* Returns the bits of the largest |y|: where they are not those of a number, the sums mean nothing.
+ */
+static int32_t add_sigmoids(int64_t n, const float *r, const float *const *rows, float *sum) {
+    const float *z[2 * GROUP];
+    memcpy(z, rows, sizeof z);
+    int32_t most = 0;
+    int64_t i = 0;
+    for (; i + STRIP <= n; i += STRIP) {
+        for (int k = 0; k < 2 * GROUP; ++k) {
+            ask_ahead(z[k] + i, SIGMOIDS_AHEAD);
+        }
+        most = some_sigmoids(STRIP, r, z, i, most, sum + i);
+    }
+    return i < n ? some_sigmoids(n - i, r, z, i, most, sum + i) : most;
 }
 
 #include "fuse_maps.h"
@@ -340,12 +369,10 @@ static void lay_out(plan *f) {
     /* Both classes of a foreground row have the same variance. */
     double var = (f->L == 1 ? 2.0 : 1.0) / (1.0 - chance);
     f->scale = a->unc == UNC_VAR ? var : 1.0 / log((double)f->K);
-    int64_t n = 4096 / f->L & ~(int64_t)63;
-    f->n = n < 64 ? 64 : (n > SS_BLOCK ? SS_BLOCK : n);
+    int64_t n = 4096 / f->L & ~(int64_t)63, most = f->short_way || f->sigmoids ? 4096 : SS_BLOCK;
+    f->n = n < 64 ? 64 : (n > most ? most : n);
     f->blocks = (f->V + f->n - 1) / f->n;
     f->stream = f->B * f->V * 4 >= 1 << 20;
-    /* Short strips, unless they would cut lines that go past the caches. */
-    f->strip = f->B == 1 || f->V % STRIP == 0 || !f->stream ? STRIP : f->n;
     int wide = a->sources.at[0].dtype == SS_F64;
     f->area_bytes = ((4 + GROUP) * f->L + 9 + 2 * GROUP) * f->n * (wide ? 8 : 4);
 }

@@ -235,6 +235,10 @@ static void FN(flush)(const plan *f, int64_t n, FN(group) * g, FN(rows) ref, REA
                 const REAL *p[GROUP] = {0};
                 for (int j = 0; j < count; ++j) {
                     p[j] = g->p[k + j].at + c * g->p[k + j].step + i;
+                    for (int64_t at = 0; f->direct && at < m;
+                         at += 4 * STRIP / (int64_t)sizeof(REAL)) {
+                        ask_ahead(p[j] + at, MAPS_AHEAD);
+                    }
                 }
                 FN(add_some)(count, m, g->r + k, p, q, sum + c * f->n + i,
                              squares ? squares + i : NULL);
@@ -437,7 +441,9 @@ static int FN(mean_of_logits)(const plan *f, const double *r, const FN(area) * w
     const int64_t first = b * f->C * f->V + at;
     int count = 0;
     memset(sum, 0, (size_t)n * sizeof *sum);
-    memset(w->h, 0, (size_t)n * sizeof *w->h);
+    if (f->C == 1) {
+        memset(w->h, 0, (size_t)n * sizeof *w->h); /* the background's logits */
+    }
     for (int64_t s = 0; s < f->S; ++s) {
         if (r[s] > 0) {
             source[count] = &f->a->sources.at[s];
@@ -643,35 +649,49 @@ static int FN(means)(const plan *f, const sample *of, const FN(area) * w, int64_
 }
 
 #ifdef REAL_SIGMOIDS
-/* A block of the common case, strip by strip: what comes out is stored while it is in L1. */
+/* NULL for what is not wanted; `aligned`: still, everything begins with a line. */
+static float *FN(place)(int64_t wanted, const ss_tensor *out, int64_t at, int *aligned) {
+    float *to = wanted ? (float *)out->data + at : NULL;
+    *aligned &= ((uintptr_t)to & 63) == 0;
+    return to;
+}
+
+/* A block of the common case: what comes out is stored while it is in L1. */
 static void FN(short_way)(const plan *f, const sample *of, const FN(area) * w, int64_t b,
                           int64_t at, int64_t n) {
-    const float rate = (float)(f->a->kappa * -1.4426950408889634); /* of 2^ instead of e^ */
-    const int64_t step = f->strip;
-    const int own_weight = f->a->want_weight && f->a->weighting != WEIGHT_EXP;
+    const ss_fuse_args *a = f->a;
+    const float rate = (float)(a->kappa * -1.4426950408889634); /* of 2^ instead of e^ */
+    const int own_weight = a->want_weight && a->weighting != WEIGHT_EXP;
     const maps_loop loop = maps_loop_for(of->maps);
     const float *p[SS_MAX_LIST];
     float r[SS_MAX_LIST];
-    int count = 1;
-    p[0] = (const float *)f->a->sources.at[of->ref_u].data + b * f->V + at;
+    int count = 1, aligned = 1;
+    p[0] = (const float *)a->sources.at[of->ref_u].data + b * f->V + at;
     r[0] = 0; /* its difference from itself */
     for (int64_t s = 0; s < f->S; ++s) {
         if (s != of->ref_u && of->r_unc[s] > 0) {
-            p[count] = (const float *)f->a->sources.at[s].data + b * f->V + at;
+            p[count] = (const float *)a->sources.at[s].data + b * f->V + at;
             r[count++] = (float)of->r_unc[s];
         }
     }
-    for (int64_t i = 0; i < n; i += step) {
-        const int64_t m = n - i < step ? n - i : step;
-        loop(i, m, p, r, (float)f->scale, rate, w->mu, w->u, w->weight);
-        if (f->need_conf) {
-            FN(decide)(f, w, m, w->mu);
-        }
-        if (own_weight) {
-            FN(weigh)(f, w, m);
-        }
-        FN(store)(f, w, b, at + i, m, w->mu);
+    const int64_t to = b * f->V + at, two = a->channels == 2;
+    maps_out out = {.stream = f->stream};
+    out.other = FN(place)(a->want_mean && two, &a->mean, to + b * f->V, &aligned);
+    out.mean = FN(place)(a->want_mean, &a->mean, two ? to + (b + 1) * f->V : to, &aligned);
+    out.u = FN(place)(a->want_uncertainty, &a->uncertainty, to, &aligned);
+    out.weight = FN(place)(a->want_weight, &a->weight, to, &aligned);
+    if (!f->need_conf && !own_weight && (aligned || !f->stream)) {
+        loop(n, p, r, (float)f->scale, rate, &out);
+        return;
     }
+    loop(n, p, r, (float)f->scale, rate, &(maps_out){w->mu, NULL, w->u, w->weight, 0});
+    if (f->need_conf) {
+        FN(decide)(f, w, n, w->mu);
+    }
+    if (own_weight) {
+        FN(weigh)(f, w, n);
+    }
+    FN(store)(f, w, b, at, n, w->mu);
 }
 #endif
 

@@ -7,6 +7,9 @@
  * All sources are read side by side, a vector of each at a time, and the sums stay in registers
  * until mean, u and weight come out. That takes the number of sources at compile time: 2 to 12, one
  * function each. The order of the sums, and so every bit, is that of fuse_lanes.h.
+ *
+ * Strips of STRIP voxels leave for their outputs at once, so that reading and writing mix. Their
+ * length is known at compile time: setting up a loop over so many streams costs as much as a strip.
  */
 
 /* 0..1; NaN stays */
@@ -15,12 +18,55 @@ static inline float kept_inside(float x) {
     return x > 1.0f ? 1.0f : x;
 }
 
-/* n voxels from `at` on; p[0] is the reference. */
+/* Where results go, from the block's first voxel on; NULL: not wanted. `other` is 1 - mean, of two
+ * channels. With `stream`, past the caches, and then all of them begin with a line. */
+typedef struct maps_out {
+    float *mean, *other, *u, *weight;
+    int stream;
+} maps_out;
+
+typedef struct maps_strip {
+    float mean[STRIP], u[STRIP], weight[STRIP];
+} maps_strip;
+
+static inline __attribute__((always_inline)) void put_row(int stream, float *to, const float *row,
+                                                          int64_t n) {
+    int64_t i = 0;
+#if defined(__SSE2__)
+    for (; stream && i + 16 <= n; i += 16) {
+        stream_line((uint8_t *)(to + i), (const uint8_t *)(row + i));
+    }
+#endif
+    if (i < n) {
+        memcpy(to + i, row + i, (size_t)(n - i) * sizeof *to);
+    }
+}
+
+static inline __attribute__((always_inline)) void put_strip(const maps_out *out, int64_t at,
+                                                            int64_t n, maps_strip *strip) {
+    if (out->mean) {
+        put_row(out->stream, out->mean + at, strip->mean, n);
+    }
+    if (out->u) {
+        put_row(out->stream, out->u + at, strip->u, n);
+    }
+    if (out->weight) {
+        put_row(out->stream, out->weight + at, strip->weight, n);
+    }
+    if (out->other) {
+        SS_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            strip->mean[i] = 1.0f - strip->mean[i];
+        }
+        put_row(out->stream, out->other + at, strip->mean, n);
+    }
+}
+
+/* One strip, n voxels from `at` on; p[0] is the reference. */
 static inline __attribute__((always_inline)) void some_maps(const int COUNT, int64_t at, int64_t n,
                                                             const float *const *p, const float *r,
                                                             float scale, float rate,
-                                                            float *restrict mean, float *restrict u,
-                                                            float *restrict weight) {
+                                                            maps_strip *restrict strip) {
     const float *restrict q = p[0] + at;
     SS_SIMD
     for (int64_t i = 0; i < n; ++i) {
@@ -45,24 +91,50 @@ static inline __attribute__((always_inline)) void some_maps(const int COUNT, int
         MAP(11)
 #undef MAP
         const float doubt = kept_inside((s2 - s * s) * scale);
-        mean[i] = s + ref;
-        u[i] = doubt;
-        weight[i] = ss_exp2_bounded(doubt * rate) + (doubt - doubt); /* NaN stays */
+        strip->mean[i] = s + ref;
+        strip->u[i] = doubt;
+        strip->weight[i] = ss_exp2_bounded(doubt * rate) + (doubt - doubt); /* NaN stays */
+    }
+}
+
+static inline __attribute__((always_inline)) void all_maps(const int COUNT, int64_t n,
+                                                           const float *const *maps,
+                                                           const float *weights, float scale,
+                                                           float rate, const maps_out *to) {
+    _Alignas(64) maps_strip strip;
+    const maps_out out = *to;
+    const float *p[12]; /* copies: nothing that is stored can change them */
+    float r[12];
+    for (int k = 0; k < COUNT; ++k) {
+        p[k] = maps[k];
+        r[k] = weights[k];
+    }
+    int64_t i = 0;
+    for (; i + STRIP <= n; i += STRIP) {
+        for (int k = 0; k < COUNT; ++k) {
+            ask_ahead(p[k] + i, MAPS_AHEAD);
+        }
+        some_maps(COUNT, i, STRIP, p, r, scale, rate, &strip);
+        put_strip(&out, i, STRIP, &strip);
+    }
+    if (i < n) {
+        some_maps(COUNT, i, n - i, p, r, scale, rate, &strip);
+        put_strip(&out, i, n - i, &strip);
     }
 }
 
 /* Functions of their own: in one large function gcc gives up on vectorising. */
 #define COUNTS(DO) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12)
 #define MAPS_OF(count)                                                                             \
-    static void maps_##count(int64_t at, int64_t n, const float *const *p, const float *r,         \
-                             float scale, float rate, float *mean, float *u, float *weight) {      \
-        some_maps(count, at, n, p, r, scale, rate, mean, u, weight);                               \
+    static void maps_##count(int64_t n, const float *const *p, const float *r, float scale,        \
+                             float rate, const maps_out *to) {                                     \
+        all_maps(count, n, p, r, scale, rate, to);                                                 \
     }
 COUNTS(MAPS_OF)
 #undef MAPS_OF
 
-typedef void (*maps_loop)(int64_t at, int64_t n, const float *const *p, const float *r, float scale,
-                          float rate, float *mean, float *u, float *weight);
+typedef void (*maps_loop)(int64_t n, const float *const *p, const float *r, float scale, float rate,
+                          const maps_out *to);
 
 static maps_loop maps_loop_for(int count) {
     switch (count) {

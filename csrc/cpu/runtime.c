@@ -352,24 +352,6 @@ void ss_parallel_region(int32_t threads, ss_region_body body, void *ctx) {
     pthread_mutex_destroy(&region.lock);
 }
 
-void *ss_scratch(ss_exec *x, int64_t count, size_t size) {
-    void *p = NULL;
-    if (count >= 0 && (uint64_t)count <= (SIZE_MAX / 2) / size) {
-        size_t bytes = (size_t)count * size;
-        if (posix_memalign(&p, 64, bytes < 64 ? 64 : bytes) == 0) {
-            ss_advise_huge(p, bytes);
-            return p;
-        }
-    }
-    snprintf(x->error, sizeof x->error, "could not allocate %lld x %zu bytes of scratch memory",
-             (long long)count, size);
-    return NULL;
-}
-
-void ss_scratch_free(void *p) {
-    free(p);
-}
-
 void ss_advise_huge(void *data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const uintptr_t page = (uintptr_t)2 << 20;

@@ -32,7 +32,7 @@ int32_t ss_region_threads(const ss_region *region);
 void ss_barrier(ss_region *region);
 
 /* count * size bytes aligned to 64, or NULL with the sentence already in x->error. Free with
- * ss_scratch_free, which takes NULL. */
+ * ss_scratch_free, which takes NULL. Large pieces wait for the next call: see ss_keep_at_most. */
 void *ss_scratch(ss_exec *x, int64_t count, size_t size);
 void ss_scratch_free(void *p);
 

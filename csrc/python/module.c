@@ -176,6 +176,7 @@ static PyObject *keep_at_most(PyObject *module, PyObject *object) {
         return NULL;
     }
     ss_pool_limit(((state *)PyModule_GetState(module))->pool, (size_t)n);
+    ss_keep_at_most((size_t)n / 4); /* of memory to work in, of which several calls need less */
     return Py_NewRef(Py_None);
 }
 
@@ -201,7 +202,9 @@ static PyMethodDef methods[] = {
     {"empty", empty, METH_O,
      "empty(bytes, /)\n--\n\nA new uint8 array; its memory is used again when it has died."},
     {"keep_at_most", keep_at_most, METH_O,
-     "keep_at_most(bytes, /)\n--\n\nThe bound on memory that waits for the next large output."},
+     "keep_at_most(bytes, /)\n--\n\nThe bound on memory that waits for the next large output, and "
+     "a "
+     "quarter of it on memory to work in."},
     {"kept", kept, METH_NOARGS, "kept()\n--\n\nBytes of memory that wait for large outputs."},
     {NULL, NULL, 0, NULL},
 };

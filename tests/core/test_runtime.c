@@ -167,6 +167,43 @@ static void test_no_threads(void) {
     }
 }
 
+/* Large pieces come again, whole; with a bound of 0 and under a sanitizer they only may. */
+static void test_kept_scratch(ss_exec *x) {
+    const int64_t bytes = 3 << 20;
+    ss_keep_at_most((size_t)8 << 20);
+    char *first = ss_scratch(x, bytes, 1), *second = ss_scratch(x, bytes, 1);
+    CHECK(first && second && (first + bytes <= second || second + bytes <= first), "apart");
+    if (first && second) {
+        memset(first, 1, (size_t)bytes);
+        memset(second, 2, (size_t)bytes);
+        CHECK(first[bytes - 1] == 1 && second[0] == 2, "one piece's bytes in the other");
+    }
+    ss_scratch_free(first);
+    char *again = ss_scratch(x, bytes - 5000, 1), *third = ss_scratch(x, bytes, 1);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && defined(__GLIBC__)
+    CHECK(again == first, "a piece that was given back is used again, for a bit less, too");
+#endif
+    CHECK(third && third != again && third != second, "one piece, two users");
+    ss_scratch_free(third);
+    ss_scratch_free(second);
+    ss_scratch_free(again);        /* 9 MiB in all: the oldest goes */
+    for (int i = 0; i < 40; ++i) { /* more than there are slots */
+        char *p[20];
+        for (int k = 0; k < 20; ++k) {
+            p[k] = ss_scratch(x, 150000 + 1000 * k, 1);
+            CHECK(p[k] && ((uintptr_t)p[k] & 63) == 0, "piece %d", k);
+            memset(p[k], k, p[k] ? 150000 : 0);
+        }
+        for (int k = 0; k < 20; ++k) {
+            CHECK(p[k] && p[k][149999] == k, "piece %d has another's bytes", k);
+            ss_scratch_free(p[k]);
+        }
+    }
+    ss_keep_at_most(0);
+    ss_scratch_free(ss_scratch(x, bytes, 1));
+    ss_keep_at_most((size_t)64 << 20);
+}
+
 static void test_scratch(void) {
     ss_exec x = ss_exec_cpu(1);
     CHECK(ss_scratch(&x, INT64_MAX, 8) == NULL, "overflow");
@@ -186,6 +223,7 @@ static void test_scratch(void) {
         ss_scratch_free(p);
     }
     ss_scratch_free(NULL);
+    test_kept_scratch(&x);
     ss_advise_huge(NULL, 0);
     ss_advise_huge(&x, sizeof x);
 }
