@@ -337,8 +337,10 @@ def _no_vla(path: Path) -> bool:
 
 @by_name(C_FILES)
 def test_no_mutable_globals(path):
-    """File-scope data is const; the two exceptions are set once, at import."""
+    """File-scope data is const, but for what is set once, at import, and the memory that scratch.c keeps."""
     allowed = {"cuda_backend", "methods", "slots", "definition"}
+    if path.name == "scratch.c":
+        allowed |= {"bound", "kept", "oldest"}  # atomic, like its slots
     text = without_comments(path.read_text())
     text = re.sub(r"^\s*#(?:.*\\\n)*.*$", "", text, flags=re.M)
     for line in text.splitlines():
