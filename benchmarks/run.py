@@ -2,10 +2,11 @@
 """`python -m benchmarks.run [-k WORD] [-t 1 2] [-o FILE]`: ours against peers, ratios in one run.
 
 Times are medians over interleaved repetitions (ours, peer, peer, ours, ...), so that a noisy
-neighbour hits everybody. "floor" is our time over the time that moving the least possible bytes
-takes at the copy bandwidth measured in the same run. A row is met when all its ratios to peers are, or
-when it is within its multiple of the floor: a peer that moves its bytes as fast as the machine can leaves
-no ratio to gain, and such a target is marked "beyond the floor". Everything is written as JSON, too.
+neighbour hits everybody. "floor" is our time over the time that moving the least possible bytes takes
+at the copy bandwidth, which is measured between the same repetitions. A row is met when all its ratios
+to peers are, or when it is within its multiple of the floor: a peer that moves its bytes as fast as the
+machine can leaves no ratio to gain, and such a target is marked "beyond the floor". Everything is
+written as JSON, too.
 """
 
 from __future__ import annotations
@@ -32,24 +33,34 @@ import semisam
 from benchmarks import peers
 
 
-def copy_bandwidth(threads: int, megabytes: int = 256) -> float:
-    """Bytes per second read plus written by `threads` copies of arrays far larger than the caches."""
-    n = megabytes * 2**20 // threads
-    pairs = [(np.ones(n, np.uint8), np.ones(n, np.uint8)) for _ in range(threads)]
-    best = float("inf")
-    for _ in range(7):
-        workers = [threading.Thread(target=np.copyto, args=(b, a)) for a, b in pairs]
-        start = time.perf_counter()
+class Copying:
+    """Bytes per second, read plus written, of `threads` copies at once, far larger than the caches."""
+
+    def __init__(self, threads: int, megabytes: int = 256) -> None:
+        n = megabytes * 2**20 // threads
+        self.pairs = [(np.ones(n, np.uint8), np.ones(n, np.uint8)) for _ in range(threads)]
+        self.bytes = 2 * n * threads
+
+    def __call__(self) -> float:
+        together, times = threading.Barrier(len(self.pairs)), []
+
+        def work(a: np.ndarray, b: np.ndarray) -> None:
+            together.wait()
+            start = time.perf_counter()
+            np.copyto(b, a)
+            times.append((start, time.perf_counter()))
+
+        workers = [threading.Thread(target=work, args=pair) for pair in self.pairs]
         for w in workers:
             w.start()
         for w in workers:
             w.join()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n * threads / best
+        return self.bytes / (max(end for _, end in times) - min(start for start, _ in times))
 
 
-def time_all(functions, data, repeat: int, least: float = 0.02):
-    """Median seconds of each function, repetitions interleaved; short functions run in batches."""
+def time_all(functions, data, repeat: int, copying: Copying, least: float = 0.02):
+    """Median seconds, results and the median copy bandwidth, repetitions interleaved; short functions run
+    in batches."""
     loops, results = {}, {}
     for name, f in functions.items():
         results[name] = f(data)
@@ -58,16 +69,19 @@ def time_all(functions, data, repeat: int, least: float = 0.02):
         once = time.perf_counter() - start
         loops[name] = max(1, int(least / max(once, 1e-7)))
     samples = {name: [] for name in functions}
+    bandwidths = []
     for _ in range(repeat):
+        bandwidths.append(copying())
         for name, f in functions.items():
             start = time.perf_counter()
             for _ in range(loops[name]):
                 f(data)
             samples[name].append((time.perf_counter() - start) / loops[name])
-    return {name: statistics.median(v) for name, v in samples.items()}, results
+    medians = {name: statistics.median(v) for name, v in samples.items()}
+    return medians, results, statistics.median(bandwidths)
 
 
-def run_one(speed, threads: int, bandwidth: float) -> dict:
+def run_one(speed, threads: int, copying: Copying) -> dict:
     torch.set_num_threads(threads)
     data = speed.make(np.random.default_rng(1337))
     functions, missing = {"ours": speed.ours}, {}
@@ -77,7 +91,7 @@ def run_one(speed, threads: int, bandwidth: float) -> dict:
             functions[name] = getattr(peers, name)
         except ImportError as e:
             missing[name] = str(e)
-    times, results = time_all(functions, data, speed.repeat)
+    times, results, bandwidth = time_all(functions, data, speed.repeat, copying)
     ours = times["ours"]
     floor = ours / (speed.moved(data) / bandwidth)
     ratios = {name: t / ours for name, t in times.items() if name != "ours"}
@@ -101,6 +115,7 @@ def run_one(speed, threads: int, bandwidth: float) -> dict:
         "ms": {name: 1e3 * t for name, t in times.items()},
         "ratio": ratios,
         "bytes": speed.moved(data),
+        "bandwidth": bandwidth,
         "floor": floor,
         "targets": met,
         "beyond the floor": beyond,
@@ -118,7 +133,7 @@ def print_row(row: dict) -> None:
     )
     print(
         f"{row['name']:<42}{row['threads']}T  {row['ms']['ours']:9.3f} ms  {row['bytes'] / 2**20:8.1f} MiB  "
-        f"floor x{row['floor']:.2f}  | {others}  | {targets}"
+        f"at {row['bandwidth'] / 1e9:.0f} GB/s floor x{row['floor']:.2f}  | {others}  | {targets}"
     )
     if row["difference"]:
         print(" " * 46 + "difference: " + ", ".join(f"{n} {e:.2g}" for n, e in row["difference"].items()))
@@ -154,16 +169,15 @@ def main() -> None:
     parser.add_argument("-t", type=int, nargs="+", default=[1, 2], help="thread counts")
     parser.add_argument("-o", type=Path, default=None, help="where to write the JSON")
     options = parser.parse_args()
-    bandwidth = {t: copy_bandwidth(t) for t in options.t}
-    print("copy bandwidth: " + ", ".join(f"{t}T {b / 1e9:.1f} GB/s" for t, b in bandwidth.items()))
-    result = {"machine": machine(), "bandwidth": bandwidth, "imports": {}, "info": build(), "rows": []}
+    copying = {t: Copying(t) for t in options.t}
+    result = {"machine": machine(), "imports": {}, "info": build(), "rows": []}
     if not options.k:
         result["imports"] = import_milliseconds()
         print(*(f"{what}: {value:.1f}" for what, value in result["imports"].items()))
     for speed in SPEEDS:
         for t in options.t:
             if options.k in speed.name:
-                result["rows"].append(run_one(speed, t, bandwidth[t]))
+                result["rows"].append(run_one(speed, t, copying[t]))
                 print_row(result["rows"][-1])
                 if options.o:
                     write_json(options.o, result)  # each time: a run that is stopped keeps its rows

@@ -684,7 +684,8 @@ def _ours(path: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _torch(a: np.ndarray) -> Any:
-    return importlib.import_module("torch").from_numpy(a)
+    """A tensor in memory of torch's own, which begins with a cache line, as a network's outputs do."""
+    return importlib.import_module("torch").from_numpy(a).clone()
 
 
 # ---- prompts ------------------------------------------------------------------------------------
