@@ -297,6 +297,25 @@ def test_clicks_lie_where_they_were_made():
     assert mark.away == 0
 
 
+def test_without_clicks_the_page_names_none(page, tmp_path):
+    """A generalist that was asked with a mask: nothing to look for in its pictures."""
+    assert "clicks made from it" in page[1]
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    space = (6, 8, 4)
+    arrays = {name: np.zeros(space, np.float32) for name in ("weight", "uncertainty", "target", "prediction")}
+    sample = {**arrays, "image": np.zeros((1, *space), np.float32)}
+    for step, clicks in ((10, np.array([[1, 2, 3, -1]])), (20, np.zeros((0, 4)))):  # -1: no click
+        np.savez(run / "samples" / f"step_{step:06d}.npz", **{**sample, "clicks": clicks})
+        row = gallery._sample_row(run / "samples" / f"step_{step:06d}.npz")
+        assert not row["clicked"]
+        assert "click" not in str(row["panels"])
+    np.savez(run / "samples" / "step_000030.npz", **{**sample, "clicks": np.array([[1, 2, 3, 1]])})
+    row = gallery._sample_row(run / "samples" / "step_000030.npz")
+    assert row["clicked"]
+    assert "1 positive and 0 negative clicks" in str(row["panels"])
+
+
 def test_contours_lie_around_their_mask():
     mask = np.zeros((6, 8), bool)
     mask[2:4, 3:7] = True

@@ -247,7 +247,8 @@ def samples(focus: RunRecord) -> dict[str, Any]:
     why = "This method has no generalist's term, or the run kept no samples of it." if not files else ""
     if problems:
         why = "Some samples could not be shown: " + "; ".join(problems)
-    return {"rows": rows, "why": why, "classes": _class_legend(focus)}
+    clicked = any(row["clicked"] for row in rows)
+    return {"rows": rows, "why": why, "clicked": clicked, "classes": _class_legend(focus)}
 
 
 def _sample_row(path: Path) -> dict[str, Any]:
@@ -270,14 +271,15 @@ def _sample_row(path: Path) -> dict[str, Any]:
     marks = [mark for mark in marks if mark.away <= 6]
     base = at(image)
     where = f"step {step}"
+    clicked = len(clicks) > 0  # a generalist that was asked with a mask or a box has none
     positive = sum(mark.positive for mark in marks)
+    shown = f", {positive} positive and {len(marks) - positive} negative clicks" if clicked else ""
     panels = [
         _figure(
-            "specialist and clicks",
+            "specialist and clicks" if clicked else "specialist",
             pictures.panel(
                 base,
-                alt=f"{where}: patch with the specialist's outline, {positive} positive and "
-                f"{len(marks) - positive} negative clicks",
+                alt=f"{where}: patch with the specialist's outline{shown}",
                 contours=_outlines(at(prediction)),
                 clicks=marks,
             ),
@@ -297,7 +299,7 @@ def _sample_row(path: Path) -> dict[str, Any]:
             pictures.panel(at(sample["weight"]), alt=f"{where}: weight", heat=True, window=(0.0, 1.0)),
         ),
     ]
-    return {"step": step, "panels": panels}
+    return {"step": step, "panels": panels, "clicked": clicked}
 
 
 def _labels(probability: Any, space: tuple[int, ...]) -> Any:
