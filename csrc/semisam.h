@@ -193,11 +193,13 @@ SS_API const ss_backend *ss_added_backend(int32_t device); /* NULL if there is n
 /* Whether a backend has an operator. */
 SS_API int32_t ss_has(const ss_backend *backend, int32_t op);
 SS_API int32_t ss_cpu_count(void);
-/* How many bytes of memory that kernels worked in may wait for the next call: 64 MiB unless told.
- */
+/* Memory for large outputs, aligned to 64; NULL: there is none. What is given back (NULL does
+ * nothing) waits, with large memory that kernels worked in, for the next call: at most so many
+ * bytes, 64 MiB unless told. */
+SS_API void *ss_block_new(size_t bytes);
+SS_API void ss_block_free(void *data);
 SS_API void ss_keep_at_most(size_t bytes);
-/* Asks the system for huge pages behind a large fresh buffer; harmless where it cannot. */
-SS_API void ss_advise_huge(void *data, size_t bytes);
+SS_API size_t ss_kept(void);
 
 static inline ss_exec ss_exec_cpu(int32_t threads) {
     ss_exec x = {SS_CPU, 0, 0, 0, NULL, NULL, NULL, 0, NULL, {0}};

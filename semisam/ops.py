@@ -59,7 +59,7 @@ SCHEMA: dict[str, tuple[Arg, ...]] = {
 _IS_OUT = {op: tuple(arg.kind == "out" for arg in args) for op, args in SCHEMA.items()}
 
 # Outputs of this many bytes get blocks that are used again: first touch of fresh pages costs more than most
-# operators. At most `_KEPT` bytes wait for the next call once their arrays have died.
+# operators. At most `_KEPT` bytes of outputs that died, and of memory that kernels worked in, wait for that.
 _LARGE = 2 << 20
 _KEPT = int(os.environ.get("SEMISAM_KEEP_MB", "") or 256) << 20
 _core.keep_at_most(_KEPT)

@@ -263,6 +263,36 @@ def test_mean_of_logits_is_accurate_everywhere(rng, s, channels):
     assert np.abs(np.delete(odd - exact, range(1000, 1003))).max() < 4e-7
 
 
+@pytest.mark.parametrize(
+    ("channels", "options"),
+    [
+        (1, {"want": ("mean", "uncertainty", "weight")}),
+        (1, {"want": ("mean", "uncertainty", "weight"), "two_channels": True}),
+        (1, {"want": ("uncertainty",)}),
+        (1, {"two_channels": True, "weight": "linear", "tau_u": 0.2}),
+        (2, {"two_channels": False}),
+        (2, {"logits": True, "unc": "ent"}),
+        (1, {"logits": True, "unc": "ent"}),
+    ],
+)
+@pytest.mark.parametrize("space", [(64, 64, 96), (41, 83, 93)])
+def test_large_maps_are_small_ones_side_by_side(rng, channels, options, space):
+    """Outputs of a MiB and more go past the caches in strips of whole lines; every voxel is its own."""
+    sources = [rng.random((2, channels, *space), np.float32) for _ in range(5)]
+    if channels == 2 and not options.get("logits"):
+        sources = [p / p.sum(1, keepdims=True) for p in sources]
+    assert 4 * sources[0][:, 0].size >= 1 << 20
+    whole = fusion.fuse(sources, **options)
+    for cut in (slice(0, 7), slice(space[0] - 8, None)):
+        part = fusion.fuse([np.ascontiguousarray(p[:, :, cut]) for p in sources], **options)
+        assert 4 * part[3].size < 1 << 20
+        for name, large, small in zip(whole._fields, whole, part, strict=True):
+            assert (large is None) == (small is None), name
+            if large is not None:
+                view = large[:, :, cut] if large.ndim == 5 else large[:, cut]
+                np.testing.assert_array_equal(view, small, err_msg=name)
+
+
 @pytest.mark.parametrize("kappa", [0.0, 0.5, 4.0, 80.0])
 def test_exponential_weight_is_accurate(rng, kappa):
     p = rng.random((2, 1, 1, 20000)).astype(np.float32)

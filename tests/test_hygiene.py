@@ -315,7 +315,7 @@ FORBIDDEN = [
 ]
 
 
-@by_name([*(p for p in CPU_FILES if p.stem not in ("runtime", "scratch")), ROOT / "csrc/ss_math.h"])
+@by_name([*(p for p in CPU_FILES if p.stem not in ("runtime", "memory")), ROOT / "csrc/ss_math.h"])
 def test_kernels_call_nothing_forbidden(path):
     text = without_comments(path.read_text())
     for function in FORBIDDEN:
@@ -337,9 +337,9 @@ def _no_vla(path: Path) -> bool:
 
 @by_name(C_FILES)
 def test_no_mutable_globals(path):
-    """File-scope data is const, but for what is set once, at import, and the memory that scratch.c keeps."""
+    """File-scope data is const, but for what is set once, at import, and the memory that memory.c keeps."""
     allowed = {"cuda_backend", "methods", "slots", "definition"}
-    if path.name == "scratch.c":
+    if path.name == "memory.c":
         allowed |= {"bound", "kept", "oldest"}  # atomic, like its slots
     text = without_comments(path.read_text())
     text = re.sub(r"^\s*#(?:.*\\\n)*.*$", "", text, flags=re.M)

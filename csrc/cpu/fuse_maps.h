@@ -19,7 +19,7 @@ static inline float kept_inside(float x) {
 }
 
 /* Where results go, from the block's first voxel on; NULL: not wanted. `other` is 1 - mean, of two
- * channels. With `stream`, past the caches, and then all of them begin with a line. */
+ * channels. `stream`: past the caches, which is fast where all of them begin with a line. */
 typedef struct maps_out {
     float *mean, *other, *u, *weight;
     int stream;
@@ -29,36 +29,24 @@ typedef struct maps_strip {
     float mean[STRIP], u[STRIP], weight[STRIP];
 } maps_strip;
 
-static inline __attribute__((always_inline)) void put_row(int stream, float *to, const float *row,
-                                                          int64_t n) {
-    int64_t i = 0;
-#if defined(__SSE2__)
-    for (; stream && i + 16 <= n; i += 16) {
-        stream_line((uint8_t *)(to + i), (const uint8_t *)(row + i));
-    }
-#endif
-    if (i < n) {
-        memcpy(to + i, row + i, (size_t)(n - i) * sizeof *to);
-    }
-}
-
 static inline __attribute__((always_inline)) void put_strip(const maps_out *out, int64_t at,
                                                             int64_t n, maps_strip *strip) {
+    const int64_t bytes = n * (int64_t)sizeof(float);
     if (out->mean) {
-        put_row(out->stream, out->mean + at, strip->mean, n);
+        store_bytes(out->stream, out->mean + at, strip->mean, bytes);
     }
     if (out->u) {
-        put_row(out->stream, out->u + at, strip->u, n);
+        store_bytes(out->stream, out->u + at, strip->u, bytes);
     }
     if (out->weight) {
-        put_row(out->stream, out->weight + at, strip->weight, n);
+        store_bytes(out->stream, out->weight + at, strip->weight, bytes);
     }
     if (out->other) {
         SS_SIMD
         for (int64_t i = 0; i < n; ++i) {
             strip->mean[i] = 1.0f - strip->mean[i];
         }
-        put_row(out->stream, out->other + at, strip->mean, n);
+        store_bytes(out->stream, out->other + at, strip->mean, bytes);
     }
 }
 

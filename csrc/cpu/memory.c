@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * scratch.c: memory in which kernels work, used again by the next call.
+ * memory.c: large blocks of memory, for outputs and for kernels to work in, used again when they
+ * have been given back.
  *
- * Large pieces have pages of their own and wait here when they are given back: first touch of fresh
- * pages costs as much as many a kernel, and handing a large piece back to the system's allocator
- * makes it return whatever other libraries have freed before, milliseconds that are not ours. At
- * most SLOTS pieces and `bound` bytes in all wait. Slots are exchanged atomically and never locked:
- * a child that was forked in between cannot hang, and the worst that two threads can do to each
- * other is a piece that is not found. Small pieces come from the allocator, and under a sanitizer
- * all do, so that it sees each one's ends.
+ * First touch of fresh pages costs more than most operators, and handing a large block back to the
+ * system's allocator makes it return what other libraries have freed before, milliseconds that are
+ * not ours. So blocks have pages of their own and wait here for the next caller of about their
+ * size: at most SLOTS of them and `bound` bytes in all, the oldest go first; a bound of 0 keeps
+ * nothing. Slots are exchanged atomically and never locked: a child that was forked in between
+ * cannot hang, and the worst that two threads can do to each other is a block that is not found.
+ * Small scratch comes from the allocator, and under a sanitizer all of it does, so that it sees
+ * where a kernel's areas end.
  */
 #define _GNU_SOURCE
 #include "runtime.h"
@@ -25,60 +27,63 @@
 #else
 #define SS_HAS(feature) 0
 #endif
-#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) &&       \
-    !SS_HAS(address_sanitizer) && !SS_HAS(thread_sanitizer) && !SS_HAS(memory_sanitizer)
-#define SS_KEEPS 1
+#if defined(__SANITIZE_ADDRESS__) || SS_HAS(address_sanitizer) || SS_HAS(memory_sanitizer)
+#define SS_WATCHED 1
 #endif
 
-#if defined(SS_KEEPS)
-#define SLOTS 16
-#define LARGE ((size_t)128 << 10)
+#define SMALL ((size_t)128 << 10) /* scratch below this comes from the allocator */
+#define SLOTS 32
+#define PAGE ((size_t)4 << 10)
 #define HUGE_PAGE ((size_t)2 << 20)
 
-/* Before every piece's first byte; a line of its own, so that pieces begin with one. */
-typedef struct piece {
-    size_t bytes; /* with this one's; 0: from the allocator */
+/* Before every block's first byte; a line of its own, so that blocks begin with one. */
+typedef struct block {
+    size_t bytes; /* with this one's; 0: small scratch */
     char *map;    /* what was mapped, `mapped` bytes */
     size_t mapped;
     char pad[64 - 2 * sizeof(size_t) - sizeof(char *)];
-} piece;
+} block;
 
-static _Atomic(piece *) slots[SLOTS];
+static _Atomic(block *) slots[SLOTS];
 static atomic_size_t bound = (size_t)64 << 20;
 static atomic_size_t kept;
 static atomic_uint oldest; /* the slot to give up next */
 
-/* Room for `bytes` with an eighth of slack at most, so that sizes which vary little meet again. */
-static size_t rounded(size_t bytes) {
-    size_t step = 4096;
-    while (step * 16 < bytes) {
-        step *= 2;
-    }
-    return (bytes + step - 1) / step * step;
-}
-
-static piece *fresh(size_t bytes) {
-    const size_t spare = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 0; /* to begin with a huge page */
-    char *map =
-        mmap(NULL, bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+static block *fresh(size_t bytes) {
+#if defined(__linux__)
+    const size_t mapped = bytes + (bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 0);
+    char *map = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map == MAP_FAILED) {
         return NULL;
     }
-    char *begin = map + (spare ? (size_t)(-(uintptr_t)map & (HUGE_PAGE - 1)) : 0);
+    /* Room for it was asked for: begin with a huge page. */
+    char *begin = map + (mapped > bytes ? (size_t)(-(uintptr_t)map & (HUGE_PAGE - 1)) : 0);
     ss_advise_huge(begin, bytes);
-    piece *p = (piece *)(void *)begin;
-    *p = (piece){.bytes = bytes, .map = map, .mapped = bytes + spare};
-    return p;
+#else
+    const size_t mapped = bytes;
+    void *begin = NULL;
+    if (posix_memalign(&begin, 64, bytes) != 0) {
+        return NULL;
+    }
+    char *map = begin;
+#endif
+    block *b = (block *)(void *)begin;
+    *b = (block){.bytes = bytes, .map = map, .mapped = mapped};
+    return b;
 }
 
-static void destroy(piece *p) {
-    munmap(p->map, p->mapped);
+static void destroy(block *b) {
+#if defined(__linux__)
+    munmap(b->map, b->mapped);
+#else
+    free(b);
+#endif
 }
 
-static int put_away(piece *p) {
+static int put_away(block *b) {
     for (int i = 0; i < SLOTS; ++i) {
-        piece *none = NULL;
-        if (atomic_compare_exchange_strong(&slots[i], &none, p)) {
+        block *none = NULL;
+        if (atomic_compare_exchange_strong(&slots[i], &none, b)) {
             return 1;
         }
     }
@@ -86,47 +91,47 @@ static int put_away(piece *p) {
 }
 
 static void drop_oldest(void) {
-    piece *p = atomic_exchange(&slots[atomic_fetch_add(&oldest, 1) % SLOTS], (piece *)NULL);
-    if (p) {
-        atomic_fetch_sub(&kept, p->bytes);
-        destroy(p);
+    block *b = atomic_exchange(&slots[atomic_fetch_add(&oldest, 1) % SLOTS], (block *)NULL);
+    if (b) {
+        atomic_fetch_sub(&kept, b->bytes);
+        destroy(b);
     }
 }
 
-/* A piece of at least `bytes` and at most a quarter more. */
-static piece *find(size_t bytes) {
+/* A kept block of at least `bytes` and at most a quarter more. */
+static block *find(size_t bytes) {
     for (int i = 0; i < SLOTS; ++i) {
-        piece *p = atomic_load(&slots[i]) ? atomic_exchange(&slots[i], (piece *)NULL) : NULL;
-        if (!p) {
+        block *b = atomic_load(&slots[i]) ? atomic_exchange(&slots[i], (block *)NULL) : NULL;
+        if (!b) {
             continue;
         }
-        if (p->bytes >= bytes && p->bytes <= bytes + bytes / 4) {
-            atomic_fetch_sub(&kept, p->bytes);
-            return p;
+        if (b->bytes >= bytes && b->bytes <= bytes + bytes / 4) {
+            atomic_fetch_sub(&kept, b->bytes);
+            return b;
         }
-        if (!put_away(p)) {
-            atomic_fetch_sub(&kept, p->bytes);
-            destroy(p);
+        if (!put_away(b)) {
+            atomic_fetch_sub(&kept, b->bytes);
+            destroy(b);
         }
     }
     return NULL;
 }
 
-static void keep(piece *p) {
+static void keep(block *b) {
     const size_t most = atomic_load(&bound);
-    size_t now = atomic_fetch_add(&kept, p->bytes) + p->bytes;
-    for (int i = 0; i < SLOTS && now > most && p->bytes <= most; ++i) {
+    size_t now = atomic_fetch_add(&kept, b->bytes) + b->bytes;
+    for (int i = 0; i < SLOTS && now > most && b->bytes <= most; ++i) {
         drop_oldest();
         now = atomic_load(&kept);
     }
     for (int i = 0; i < 2 && now <= most; ++i) {
-        if (put_away(p)) {
+        if (put_away(b)) {
             return;
         }
         drop_oldest();
     }
-    atomic_fetch_sub(&kept, p->bytes);
-    destroy(p);
+    atomic_fetch_sub(&kept, b->bytes);
+    destroy(b);
 }
 
 void ss_keep_at_most(size_t bytes) {
@@ -136,43 +141,58 @@ void ss_keep_at_most(size_t bytes) {
     }
 }
 
-static void *take(size_t bytes) {
-    const size_t all = bytes + sizeof(piece);
-    if (all >= LARGE) {
-        const size_t room = rounded(all);
-        piece *p = find(room);
-        p = p ? p : fresh(room);
-        return p ? p + 1 : NULL;
-    }
-    void *small = NULL;
-    if (posix_memalign(&small, 64, all) != 0) {
+size_t ss_kept(void) {
+    return atomic_load(&kept);
+}
+
+void *ss_block_new(size_t bytes) {
+    if (bytes > SIZE_MAX / 2) {
         return NULL;
     }
-    piece *p = small;
-    p->bytes = 0;
-    return p + 1;
+    const size_t room = (bytes + sizeof(block) + PAGE - 1) & ~(PAGE - 1);
+    block *b = find(room);
+    b = b ? b : fresh(room);
+    return b ? b + 1 : NULL;
 }
 
-static void give_back(void *data) {
-    piece *p = (piece *)data - 1;
-    if (p->bytes) {
-        keep(p);
-    } else {
-        free(p);
+void ss_block_free(void *data) {
+    if (data) {
+        keep((block *)data - 1);
     }
 }
-#else
-void ss_keep_at_most(size_t bytes) {
-    (void)bytes;
-}
 
+/* ---- scratch -------------------------------------------------------------------------------- */
+
+#if defined(SS_WATCHED)
 static void *take(size_t bytes) {
     void *p = NULL;
     return posix_memalign(&p, 64, bytes < 64 ? 64 : bytes) == 0 ? p : NULL;
 }
 
-static void give_back(void *data) {
+void ss_scratch_free(void *data) {
     free(data);
+}
+#else
+static void *take(size_t bytes) {
+    void *p = NULL;
+    if (bytes >= SMALL) {
+        return ss_block_new(bytes);
+    }
+    if (posix_memalign(&p, 64, bytes + sizeof(block)) != 0) {
+        return NULL;
+    }
+    block *b = p;
+    b->bytes = 0;
+    return b + 1;
+}
+
+void ss_scratch_free(void *data) {
+    block *b = data ? (block *)data - 1 : NULL;
+    if (b && b->bytes) {
+        keep(b);
+    } else {
+        free(b);
+    }
 }
 #endif
 
@@ -186,10 +206,4 @@ void *ss_scratch(ss_exec *x, int64_t count, size_t size) {
     snprintf(x->error, sizeof x->error, "could not allocate %lld x %zu bytes of scratch memory",
              (long long)count, size);
     return NULL;
-}
-
-void ss_scratch_free(void *data) {
-    if (data) {
-        give_back(data);
-    }
 }

@@ -36,6 +36,9 @@ void ss_barrier(ss_region *region);
 void *ss_scratch(ss_exec *x, int64_t count, size_t size);
 void ss_scratch_free(void *p);
 
+/* Asks the system for huge pages behind a large fresh buffer; harmless where it cannot. */
+void ss_advise_huge(void *data, size_t bytes);
+
 /* Writes one sentence into x->error and returns `status`. */
 #if defined(__GNUC__)
 __attribute__((format(printf, 3, 4)))

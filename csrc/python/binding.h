@@ -32,12 +32,7 @@ int ss_py_tells_stream(PyObject *type);
  */
 PyObject *ss_py_call(int32_t op, PyObject *const *args, Py_ssize_t n);
 
-/* Blocks for large outputs. */
-typedef struct ss_pool ss_pool;
-ss_pool *ss_pool_new(void);                      /* keeps nothing yet; NULL with an exception */
-void ss_pool_end(ss_pool *pool);                 /* blocks in use live on; takes NULL */
-void ss_pool_limit(ss_pool *pool, size_t bound); /* bytes of dead arrays to keep at most */
-size_t ss_pool_kept(const ss_pool *pool);        /* bytes that are kept now */
-PyObject *ss_pool_array(ss_pool *pool, Py_ssize_t bytes); /* new uint8 array, not initialised */
+/* A new uint8 array, not initialised, whose memory is used again when it has died. */
+PyObject *ss_py_block(Py_ssize_t bytes);
 
 #endif

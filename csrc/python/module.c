@@ -152,10 +152,6 @@ static PyObject *backends(PyObject *module, PyObject *none) {
     return found;
 }
 
-typedef struct state {
-    ss_pool *pool;
-} state;
-
 /* A number of bytes, or -1 with an exception. */
 static Py_ssize_t bytes_of(PyObject *object, const char *function) {
     Py_ssize_t n = PyNumber_AsSsize_t(object, PyExc_OverflowError);
@@ -166,23 +162,25 @@ static Py_ssize_t bytes_of(PyObject *object, const char *function) {
 }
 
 static PyObject *empty(PyObject *module, PyObject *object) {
+    (void)module;
     Py_ssize_t n = bytes_of(object, "empty");
-    return n < 0 ? NULL : ss_pool_array(((state *)PyModule_GetState(module))->pool, n);
+    return n < 0 ? NULL : ss_py_block(n);
 }
 
 static PyObject *keep_at_most(PyObject *module, PyObject *object) {
+    (void)module;
     Py_ssize_t n = bytes_of(object, "keep_at_most");
     if (n < 0) {
         return NULL;
     }
-    ss_pool_limit(((state *)PyModule_GetState(module))->pool, (size_t)n);
-    ss_keep_at_most((size_t)n / 4); /* of memory to work in, of which several calls need less */
+    ss_keep_at_most((size_t)n);
     return Py_NewRef(Py_None);
 }
 
 static PyObject *kept(PyObject *module, PyObject *none) {
+    (void)module;
     (void)none;
-    return PyLong_FromSize_t(ss_pool_kept(((state *)PyModule_GetState(module))->pool));
+    return PyLong_FromSize_t(ss_kept());
 }
 
 /* A cast through void(*)(void) is how CPython's own modules store fast-call functions. */
@@ -202,24 +200,14 @@ static PyMethodDef methods[] = {
     {"empty", empty, METH_O,
      "empty(bytes, /)\n--\n\nA new uint8 array; its memory is used again when it has died."},
     {"keep_at_most", keep_at_most, METH_O,
-     "keep_at_most(bytes, /)\n--\n\nThe bound on memory that waits for the next large output, and "
-     "a "
-     "quarter of it on memory to work in."},
-    {"kept", kept, METH_NOARGS, "kept()\n--\n\nBytes of memory that wait for large outputs."},
+     "keep_at_most(bytes, /)\n--\n\nThe bound on memory that waits for the next call."},
+    {"kept", kept, METH_NOARGS, "kept()\n--\n\nBytes of memory that wait for the next call."},
     {NULL, NULL, 0, NULL},
 };
 
 static int exec_module(PyObject *module) {
-    state *s = PyModule_GetState(module);
-    s->pool = ss_pool_new();
-    return s->pool ? PyArray_ImportNumPyAPI() : -1;
-}
-
-static void free_module(void *module) {
-    state *s = PyModule_GetState(module);
-    if (s) {
-        ss_pool_end(s->pool);
-    }
+    (void)module;
+    return PyArray_ImportNumPyAPI();
 }
 
 static PyModuleDef_Slot slots[] = {
@@ -228,7 +216,7 @@ static PyModuleDef_Slot slots[] = {
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED}, /* as NumPy */
 #endif
 #if PY_VERSION_HEX >= 0x030D0000
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* the pool is atomic */
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* memory.c is atomic */
 #endif
     {0, NULL},
 };
@@ -237,10 +225,9 @@ static PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "semisam._core",
     .m_doc = "The C core of semisam: one function per operator, on arrays that the caller owns.",
-    .m_size = sizeof(state),
+    .m_size = 0,
     .m_methods = methods,
     .m_slots = slots,
-    .m_free = free_module,
 };
 
 PyMODINIT_FUNC PyInit__core(void) {

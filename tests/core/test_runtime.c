@@ -167,41 +167,53 @@ static void test_no_threads(void) {
     }
 }
 
-/* Large pieces come again, whole; with a bound of 0 and under a sanitizer they only may. */
-static void test_kept_scratch(ss_exec *x) {
-    const int64_t bytes = 3 << 20;
+static void test_blocks(void) {
+    const size_t bytes = (size_t)3 << 20;
+    ss_keep_at_most(0);
     ss_keep_at_most((size_t)8 << 20);
-    char *first = ss_scratch(x, bytes, 1), *second = ss_scratch(x, bytes, 1);
+    char *first = ss_block_new(bytes), *second = ss_block_new(bytes);
     CHECK(first && second && (first + bytes <= second || second + bytes <= first), "apart");
-    if (first && second) {
-        memset(first, 1, (size_t)bytes);
-        memset(second, 2, (size_t)bytes);
-        CHECK(first[bytes - 1] == 1 && second[0] == 2, "one piece's bytes in the other");
-    }
-    ss_scratch_free(first);
-    char *again = ss_scratch(x, bytes - 5000, 1), *third = ss_scratch(x, bytes, 1);
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && defined(__GLIBC__)
-    CHECK(again == first, "a piece that was given back is used again, for a bit less, too");
-#endif
-    CHECK(third && third != again && third != second, "one piece, two users");
-    ss_scratch_free(third);
-    ss_scratch_free(second);
-    ss_scratch_free(again);        /* 9 MiB in all: the oldest goes */
-    for (int i = 0; i < 40; ++i) { /* more than there are slots */
-        char *p[20];
-        for (int k = 0; k < 20; ++k) {
+    memset(first, 1, bytes);
+    memset(second, 2, bytes);
+    CHECK(first[bytes - 1] == 1 && second[0] == 2, "one block's bytes in the other");
+    CHECK(ss_kept() == 0, "%zu bytes kept while all are used", ss_kept());
+    ss_block_free(first);
+    CHECK(ss_kept() >= bytes && ss_kept() <= bytes + 8192, "%zu bytes kept", ss_kept());
+    char *larger = ss_block_new(bytes + 8192);
+    CHECK(larger && larger != first, "a block that is too small");
+    ss_keep_at_most(ss_kept()); /* `larger` finds no room */
+    ss_block_free(larger);
+    ss_keep_at_most((size_t)8 << 20);
+    char *again = ss_block_new(bytes - 5000), *third = ss_block_new(bytes);
+    CHECK(again == first, "a block that was given back is used again, for a bit less, too");
+    CHECK(third && third != again && third != second, "one block, two users");
+    ss_block_free(third);
+    ss_block_free(second);
+    ss_block_free(again); /* 9 MiB in all: the oldest goes */
+    CHECK(ss_kept() > bytes && ss_kept() <= (size_t)8 << 20, "%zu bytes kept", ss_kept());
+    ss_keep_at_most(0);
+    CHECK(ss_kept() == 0, "%zu bytes kept, none allowed", ss_kept());
+    ss_block_free(ss_block_new(bytes));
+    CHECK(ss_kept() == 0, "%zu bytes kept, none allowed", ss_kept());
+    CHECK(ss_block_new(SIZE_MAX) == NULL && ss_block_new(SIZE_MAX / 4) == NULL, "no such memory");
+    ss_block_free(NULL);
+    ss_keep_at_most((size_t)64 << 20);
+}
+
+/* More pieces than wait at once; each is its user's alone. */
+static void test_much_scratch(ss_exec *x) {
+    for (int i = 0; i < 20; ++i) {
+        char *p[40];
+        for (int k = 0; k < 40; ++k) {
             p[k] = ss_scratch(x, 150000 + 1000 * k, 1);
             CHECK(p[k] && ((uintptr_t)p[k] & 63) == 0, "piece %d", k);
             memset(p[k], k, p[k] ? 150000 : 0);
         }
-        for (int k = 0; k < 20; ++k) {
-            CHECK(p[k] && p[k][149999] == k, "piece %d has another's bytes", k);
+        for (int k = 0; k < 40; ++k) {
+            CHECK(p[k] && p[k][0] == k && p[k][149999] == k, "piece %d has another's bytes", k);
             ss_scratch_free(p[k]);
         }
     }
-    ss_keep_at_most(0);
-    ss_scratch_free(ss_scratch(x, bytes, 1));
-    ss_keep_at_most((size_t)64 << 20);
 }
 
 static void test_scratch(void) {
@@ -223,7 +235,7 @@ static void test_scratch(void) {
         ss_scratch_free(p);
     }
     ss_scratch_free(NULL);
-    test_kept_scratch(&x);
+    test_much_scratch(&x);
     ss_advise_huge(NULL, 0);
     ss_advise_huge(&x, sizeof x);
 }
@@ -243,6 +255,7 @@ int main(void) {
     test_thread_count();
     test_nesting();
     test_no_threads();
+    test_blocks();
     test_scratch();
     test_fail();
     return done();
