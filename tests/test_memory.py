@@ -28,6 +28,7 @@ args = list(inputs[op])
 outputs = [np.zeros(s, ops._NUMPY[d]) for s, d in ops.output_specs(op, args)]
 ops._raw(op, args, outputs)  # enough memory: fine
 expected = [o.copy() for o in outputs]
+_core.keep_at_most(0)  # or the next call works in this one's memory
 gc.collect()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -57,6 +58,29 @@ def test_no_memory_is_a_memory_error(op):
     run = subprocess.run([sys.executable, "-c", CODE, op], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.startswith(f"{op}(): could not allocate"), run.stdout
+
+
+KEPT = """
+import resource
+from semisam import _core
+
+_core.keep_at_most(1 << 30)
+held = [_core.empty(96 << 20) for _ in range(3)]
+held.clear()
+assert _core.kept() >= 288 << 20
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
+array = _core.empty(200 << 20)  # no kept block is as large, and beside them there is no room
+assert array.nbytes == 200 << 20
+assert _core.kept() == 0
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's address space limit")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer needs the room")
+def test_kept_memory_is_given_up_where_memory_is_short():
+    run = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_outputs_that_fit_nowhere():

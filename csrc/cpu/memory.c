@@ -134,11 +134,15 @@ static void keep(block *b) {
     destroy(b);
 }
 
-void ss_keep_at_most(size_t bytes) {
-    atomic_store(&bound, bytes);
+static void drop_until(size_t bytes) {
     for (int i = 0; i < SLOTS && atomic_load(&kept) > bytes; ++i) {
         drop_oldest();
     }
+}
+
+void ss_keep_at_most(size_t bytes) {
+    atomic_store(&bound, bytes);
+    drop_until(bytes);
 }
 
 size_t ss_kept(void) {
@@ -152,6 +156,10 @@ void *ss_block_new(size_t bytes) {
     const size_t room = (bytes + sizeof(block) + PAGE - 1) & ~(PAGE - 1);
     block *b = find(room);
     b = b ? b : fresh(room);
+    if (!b) { /* memory is short: not for what only waits */
+        drop_until(0);
+        b = fresh(room);
+    }
     return b ? b + 1 : NULL;
 }
 
