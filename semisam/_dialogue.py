@@ -39,6 +39,8 @@ class Request:
     ids: Any
     spacing: Any
     quiet: bool = False  # look at no value of a tensor: step and ids may be tensors, all rounds are asked for
+    spread: Any = None  # [B, 2] float32: how far prob is from a distribution (prompts.targets_and_spread)
+    began: float = 0.0  # time.perf_counter()
 
 
 @dataclass

@@ -79,13 +79,35 @@ def specialist_targets(
         raise ValueError(
             f"specialist_targets(): prob: expected at least 2 classes (background first), got shape {shape}"
         )
+    made, _ = targets_and_spread(
+        prob, threshold=threshold, p_min=p_min, tau_p=tau_p, largest_component=largest_component
+    )
+    return made
+
+
+def targets_and_spread(
+    prob: Any, *, threshold: float, p_min: float, tau_p: float, largest_component: bool
+) -> tuple[SpecialistTargets, Any]:
+    """Return `specialist_targets` of a map [B, C, ...] and how far it is from a softmax, in one sweep.
+
+    The second result [B, 2] (float32) has, per sample, how far the sums over the classes are from 1 at most
+    (NaN where one is) and how far the values go below 0.
+
+    >>> import numpy as np
+    >>> from semisam import prompts
+    >>> prob = np.float32([[[[0.1, 0.5, 1.0]], [[0.9, 0.25, -0.5]]]])
+    >>> settings = {"threshold": 0.5, "p_min": 0.2, "tau_p": 0.5, "largest_component": False}
+    >>> prompts.targets_and_spread(prob, **settings)[1].tolist()
+    [[0.5, 0.5]]
+    """
+    shape = tuple(prob.shape)
     made = ops.call("specialist_targets", prob, shape[1] - 1, float(threshold), float(p_min), float(tau_p))
-    target, region, skip = made
+    target, region, skip, spread = made
     if largest_component:
         f = shape[1] - 1
         volumes = target.reshape(shape[0] * f, *(1,) * (5 - len(shape)), *shape[2:])
         target = ops.call("keep_components", volumes, 26, 0).reshape(shape[0], f, *shape[2:])
-    return SpecialistTargets(target, region, skip)
+    return SpecialistTargets(target, region, skip), spread
 
 
 def click_counter(

@@ -191,11 +191,16 @@ class PublishedTerm(SemiSAMTerm):
     def _is_quiet(self, home: Any, dims: int) -> bool:
         return False
 
-    def _request(self, images: Any, prob: Any, step: int, ids: list[int], spacing: Any) -> Request:
-        d = self.defects
+    def _request(
+        self, images: Any, prob: Any, step: Any, ids: Any, spacing: Any, *, quiet: bool = False
+    ) -> Request:
+        d, given = self.defects, prob
         if d.background_prompts:  # as the probability of every foreground class
             prob = torch.cat([1 - prob[:, :1], prob[:, :1].expand_as(prob[:, 1:])], 1).contiguous()
-        made = super()._request(images, prob, step, ids, None if d.raw_input else spacing)
+        spacing = None if d.raw_input else spacing
+        made = super()._request(images, prob, step, ids, spacing, quiet=quiet)
+        if d.background_prompts:  # what was given has to be a distribution, not what became of it
+            made = replace(made, spread=super()._request(images, given, step, ids, spacing).spread)
         if d.label_clicks:
             if self._labels is None:
                 raise ValueError("PublishedTerm(): D-01: expected open_labels() before the first step")

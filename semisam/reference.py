@@ -26,8 +26,8 @@ def mask_logits(prob: Tensor, d: int, h: int, w: int) -> Tensor:
 
 def specialist_targets(
     prob: Tensor, F: int, threshold: float, p_min: float, tau_p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Target, confident region and skip flag of every sample and foreground class [B, F, ...]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Target, confident region and skip flag per sample and foreground class [B, F, ...]; spread [B, 2]."""
     foreground = prob[:, 1:]
     assert foreground.shape[1] == F
     top = foreground.flatten(2).amax(2)
@@ -38,7 +38,9 @@ def specialist_targets(
     target = (foreground >= th[around]) & ~skip[around]
     entropy = -torch.xlogy(prob, prob).sum(1, keepdim=True) / math.log(F + 1)
     region = ((entropy <= tau_p) | low[around] | (tau_p >= 1)) & ~skip[around]
-    return target, region, skip
+    off = (prob.sum(1) - 1).abs().flatten(1).amax(1)
+    spread = torch.stack([off, (-prob).clamp_min(0).nan_to_num(0).flatten(1).amax(1)], 1)
+    return target, region, skip, spread
 
 
 def philox64(seed: int, counter: list[int]) -> int:

@@ -88,9 +88,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "ramp": schedules.SAM_RAMPS,
 }
 
-
-_PIECE = 1 << 16  # voxels that are looked at together
-
 # Operators without which a device's tensors go to the CPU.
 _OPERATORS = (
     *("specialist_targets", "mask_logits", "next_click", "boxes", "keep_components"),
@@ -405,11 +402,12 @@ class SemiSAMTerm:
             return self._quietly(images_u, logits_u, teacher_probs, step, ids, spacing)
         with torch.no_grad():
             prob = (logits_u.float().softmax(1) if teacher_probs is None else teacher_probs.float()).to(home)
-            if teacher_probs is not None:
-                _check_probabilities("SemiSAMTerm", "teacher_probs", prob)
-            right = teacher_probs is not None or bool(prob.isfinite().all())
+            request = self._request(images_u, prob, step, ids, spacing)
+            right = bool(_is_distribution(request.spread))
+            if teacher_probs is not None and not right:
+                _refuse_no_distribution("SemiSAMTerm", "teacher_probs", prob)
             if right:
-                self.last = self._teach(images_u, prob, step, ids, spacing, teacher=teacher_probs is not None)
+                self.last = self._teach(request, teacher=teacher_probs is not None)
         if not right:
             return logits_u.sum().float() * float("nan")
         if self.last is None:
@@ -441,8 +439,9 @@ class SemiSAMTerm:
         """A call whose every decision is a mask: the same value, and exactly 0 where the host would stop."""
         with torch.no_grad():
             prob = logits.float().softmax(1) if teacher is None else teacher.float()
-            right = prob.isfinite().all() if teacher is None else _is_distribution(prob)
-            self.last = self._teach(images, prob, step, ids, spacing, teacher=teacher is not None, quiet=True)
+            request = self._request(images, prob, step, ids, spacing, quiet=True)
+            right = _is_distribution(request.spread)
+            self.last = self._teach(request, teacher=teacher is not None)
         checked = None if teacher is None else (prob, right)
         self.diagnostics = Diagnostics(self.diagnostics, lambda: _refuse_unless(checked))
         value = self._weighted(logits, step) if self.last is not None else _nothing(logits)
@@ -483,9 +482,11 @@ class SemiSAMTerm:
         self.diagnostics = _blank(self.gate, self.drops)
         step = _step("SemiSAMTerm.teach", step, False)
         prob = teacher_probs.float().to(_home(teacher_probs.device))
-        _check_probabilities("SemiSAMTerm.teach", "teacher_probs", prob)
         with torch.no_grad():
-            return self._teach(images_u, prob, step, ids, spacing, teacher=True)
+            request = self._request(images_u, prob, step, ids, spacing)
+            if not bool(_is_distribution(request.spread)):
+                _refuse_no_distribution("SemiSAMTerm.teach", "teacher_probs", prob)
+            return self._teach(request, teacher=True)
 
     def from_labels(
         self, images_u: Any, logits_u: Any, target: Any, weight: Any, *, step: Any, uncertainty: Any = None
@@ -531,12 +532,9 @@ class SemiSAMTerm:
 
     # ---- teaching
 
-    def _teach(
-        self, images: Any, prob: Any, step: Any, ids: Any, spacing: Any, *, teacher: bool, quiet: bool = False
-    ) -> LastCall | None:
+    def _teach(self, request: Request, *, teacher: bool) -> LastCall | None:
         """Prompts, answers and fusion; None where nothing came of it."""
-        began = time.perf_counter()
-        request = replace(self._request(images, prob, step, ids, spacing), quiet=quiet)
+        began, quiet = request.began, request.quiet
         before = (0, 0) if self.cache is None else (self.cache.hits, self.cache.misses)
         answers = self._answers(request)
         made = self._fuse(request, answers, teacher=teacher)
@@ -551,7 +549,7 @@ class SemiSAMTerm:
             d["skipped_rows"] = int(request.targets.skip.sum())
             d["failed_rows"] = sum(n for a in answers.values() for n in a.failed.values())
             for name, a in answers.items():
-                self._note(name, a, step)
+                self._note(name, a, request.step)
             d["drops"] = self._all_drops()
             d["clicks"] = sum(int((a.clicks.labels >= 0).sum()) for a in answers.values())
             d["rounds"] = {name: list(a.done) for name, a in answers.items()}
@@ -561,16 +559,18 @@ class SemiSAMTerm:
         d["ms_rest"] = 1e3 * (time.perf_counter() - began - seconds)
         return made
 
-    def _request(self, images: Any, prob: Any, step: Any, ids: Any, spacing: Any) -> Request:
-        s = self.settings
-        targets = prompts.specialist_targets(
+    def _request(
+        self, images: Any, prob: Any, step: Any, ids: Any, spacing: Any, *, quiet: bool = False
+    ) -> Request:
+        began, s = time.perf_counter(), self.settings
+        targets, spread = prompts.targets_and_spread(
             prob,
             threshold=s["threshold"],
             p_min=s["p_min"],
             tau_p=s["tau_p"],
             largest_component=s["prompt_lcc"],
         )
-        return Request(images, prob, targets, step, ids, spacing)
+        return Request(images, prob, targets, step, ids, spacing, quiet, spread, began)
 
     def _answers(self, request: Request) -> dict[str, Answers]:
         """What every source that the gate lets through has to say, by name."""
@@ -859,10 +859,11 @@ class SemiSAMTerm:
             )
         home, classes = _home(prob.device), prob.shape[1]
         prob, label = prob.float().to(home), label.to(home)
-        _check_probabilities("calibrate", "probs", prob)
+        request = self._request(image, prob, 0, [number], spacing)
+        if not bool(_is_distribution(request.spread)):
+            _refuse_no_distribution("calibrate", "probs", prob)
         mask = prob.argmax(1).byte()
         found = {MASK: mask, LARGEST: largest_components(mask, classes)}
-        request = self._request(image, prob, 0, [number], spacing)
         means: list[Any] = [None] * len(self._slots)
         want = ("label", "mean") if len(self._slots) > 1 else ("label",)
         for g, slot in enumerate(self._slots):
@@ -1008,37 +1009,24 @@ def _ids(who: str, given: Any, samples: int, device: Any) -> Any:
     return found.tolist() if ops.is_torch(found) else [int(i) for i in found]
 
 
-def _check_probabilities(who: str, name: str, prob: Any) -> None:
-    """A distribution over classes, up to the rounding of half precision."""
-    if not prob.numel():
-        return
-    # On the CPU piece by piece, in its caches: a map of the sums costs several times as much.
-    least, most, lows = [], [], []
-    for sample in prob.flatten(2):
-        for piece in sample.split(_PIECE if prob.device.type == "cpu" else sample.shape[1], 1):
-            sums = piece.sum(0).aminmax()
-            least.append(sums.min)
-            most.append(sums.max)
-            lows.append(piece.amin())
-    off = float(torch.stack([1 - torch.stack(least).amin(), torch.stack(most).amax() - 1]).amax())
-    low = float(torch.stack(lows).amin())
-    if not (off <= 0.02 and low >= -0.02):  # NaN is not
-        raise ValueError(
-            f"{who}(): {name}: expected probabilities that sum to 1 over the classes (a softmax, not "
-            f"logits), got a minimum of {low:.3g} and sums that are off by {off:.3g}"
-        )
+def _is_distribution(spread: Any) -> Any:
+    """Whether all samples are distributions, up to the rounding of half precision; a tensor."""
+    return (spread <= 0.02).all()  # NaN is not
 
 
-def _is_distribution(prob: Any) -> Any:
-    """What `_check_probabilities` asks, as a tensor."""
-    sums = prob.sum(1)
-    return ((sums - 1).abs().amax() <= 0.02) & (prob.amin() >= -0.02)  # NaN is not
+def _refuse_no_distribution(who: str, name: str, prob: Any) -> None:
+    """Raise ValueError that says how far `prob` is from what it should be."""
+    off, low = float((prob.sum(1) - 1).abs().amax()), float(prob.amin())
+    raise ValueError(
+        f"{who}(): {name}: expected probabilities that sum to 1 over the classes (a softmax, not "
+        f"logits), got a minimum of {low:.3g} and sums that are off by {off:.3g}"
+    )
 
 
 def _refuse_unless(checked: Any) -> None:
     """Raise ValueError for probabilities that are none, after a call that did not look at them."""
     if checked is not None and not bool(checked[1]):
-        _check_probabilities("SemiSAMTerm", "teacher_probs", checked[0])
+        _refuse_no_distribution("SemiSAMTerm", "teacher_probs", checked[0])
 
 
 def _why_dropped(answers: Answers) -> str:

@@ -15,7 +15,14 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage, stats
 
 from semisam import prompts, reference
-from semisam.prompts import PromptBatch, boxes, next_click, sample_points, specialist_targets
+from semisam.prompts import (
+    PromptBatch,
+    boxes,
+    next_click,
+    sample_points,
+    specialist_targets,
+    targets_and_spread,
+)
 
 # Random123's known answers for Philox4x32-10: key, counter, first two words.
 KNOWN = [
@@ -439,6 +446,28 @@ def test_nan_is_in_no_mask():
     assert region.tolist() == [[[[False, True, True]]]]
     assert not skip.any()
     assert specialist_targets(_binary([np.nan] * 3)).skip.all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 7])
+@pytest.mark.parametrize("tau_p", [0.5, 1.0])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_spread_tells_what_is_no_distribution(rng, classes, tau_p, kind):
+    """Per sample: rounding for a softmax, how far a sum is off, how far a value is below 0, NaN for NaN."""
+    z = np.exp(rng.standard_normal((4, classes, 5, 9, 40)))
+    p = (z / z.sum(1, keepdims=True)).astype(np.float32)
+    p[1, :, 4, 8, 39] *= 1.5
+    p[2, :2, 0, 0, 0] = -0.25, p[2, :2, 0, 0, 0].sum() + 0.25
+    p[3, 1, 2, 3, 4] = np.nan
+    settings = {"threshold": 0.5, "p_min": 0.2, "tau_p": tau_p, "largest_component": False}
+    (target, region, skip), spread = targets_and_spread(kind(p), **settings)
+    off, below = np.asarray(spread).T
+    np.testing.assert_allclose(off[:3], [0, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(below, [0, 0, 0.25, 0], atol=0)
+    assert np.isnan(off[3])
+    plain = specialist_targets(kind(p), tau_p=tau_p)
+    for ours, theirs in zip((target, region, skip), plain, strict=True):
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert bool(np.asarray(region)[2, 0, 0, 0, 0]) == (tau_p >= 1)
 
 
 @pytest.mark.parametrize(

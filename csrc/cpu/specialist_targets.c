@@ -4,20 +4,33 @@
  *
  *     top = max P_c;  th = threshold if top >= threshold, else top / 2 if top >= p_min, else skip
  *     target = {P_c >= th},  region = {H(P) / ln C <= tau_p};  everywhere if th < threshold
+ *     spread = max |sum_c P_c - 1| (NaN where one is), max(0, -min P): is it a distribution at all?
  *
- * prob [B, C, S], F = C - 1 -> target, region [B, F, S], skip [B, F]; both masks of a skipped class
- * are empty. tau_p >= 1 restricts nothing and costs no logarithm. Memory: 8 bytes read (float, two
- * sweeps) and 2 F / C written per probability. Numerics: float; -sum p ln p with 0 ln 0 = 0 is good
- * to about 3e-7, so only voxels that close to tau_p can differ from exact arithmetic; NaN is in no
- * mask. Deterministic: maxima and voxels do not depend on order.
+ * prob [B, C, S], F = C - 1 -> target, region [B, F, S], skip [B, F], spread [B, 2]; both masks of
+ * a skipped class are empty. tau_p >= 1 restricts nothing and costs no logarithm. Memory: every
+ * probability is read once (float: 4 bytes) and 2 F / C bytes are written for it: the one sweep
+ * takes it that a class reaches the threshold, and what belongs to others is written again.
+ * Numerics: float; -sum p ln p with 0 ln 0 = 0 is good to about 3e-7, so only voxels that close to
+ * tau_p can differ from exact arithmetic; what is NaN or negative is in no region. Deterministic:
+ * maxima and voxels do not depend on order.
  */
 #include "lanes.h"
 
 typedef struct job {
     const ss_specialist_targets_args *a;
     int64_t items; /* of SS_BLOCK voxels, per sample */
+    float high;    /* the threshold, rounded up */
+    float limit;   /* tau_p ln C */
     float *top;    /* [B, items, C], then folded into item 0 */
+    float *spread; /* [B, items, 2], then folded into the output */
 } job;
+
+/* What is found in a block beside its masks; `off` has the bits of a number that is not negative,
+ * which order as numbers do, NaN above all. */
+typedef struct found {
+    float low;
+    int32_t off;
+} found;
 
 static int64_t block_length(const job *j, int64_t begin) {
     int64_t left = j->a->prob.shape[2] - begin;
@@ -30,80 +43,188 @@ static const float *load(const job *j, int64_t b, int64_t c, int64_t begin, int6
     return ss_load_f32(&j->a->prob, (b * s[1] + c) * s[2] + begin, n, buffer);
 }
 
-static void maxima(void *ctx, int64_t begin, int64_t end, int32_t thread) {
+/* -p ln p, 0 for 0; NaN stays. */
+static inline float entropy_of(float p) {
+    float floored = p < 1.17549435e-38f ? 1.17549435e-38f : p;
+    return -p * ss_log_bounded(floored);
+}
+
+static inline int32_t off_by(float sum) {
+    return (int32_t)(ss_f32_bits(sum - 1.0f) & 0x7fffffffu);
+}
+
+/* Region and spread in one loop, for few classes that lie in memory as floats, `apart` from each
+ * other; to be inlined with a number of classes that is known. */
+static inline found take_few(const float *p, int64_t apart, int64_t n, float limit,
+                             uint8_t *restrict region, const int32_t classes, const int entropies) {
+    float low = 0.0f;
+    int32_t off = 0;
+    _Pragma("omp simd reduction(max : off) reduction(min : low)") for (int64_t i = 0; i < n; ++i) {
+        float least = p[i], sum = p[i], entropy = entropies ? entropy_of(p[i]) : 0.0f;
+        for (int32_t c = 1; c < classes; ++c) {
+            const float v = p[c * apart + i];
+            least = v < least ? v : least;
+            sum += v;
+            entropy += entropies ? entropy_of(v) : 0.0f;
+        }
+        const int32_t bits = off_by(sum);
+        low = least < low ? least : low;
+        off = bits > off ? bits : off;
+        if (entropies) {
+            region[i] = (uint8_t)((entropy <= limit) & (least >= 0.0f));
+        }
+    }
+    return (found){low, off};
+}
+
+/* The same for anything, class by class. */
+static found take_many(const job *j, int64_t b, int64_t first, int64_t n, uint8_t *restrict region,
+                       int entropies) {
+    float buffer[SS_BLOCK], sum[SS_BLOCK], least[SS_BLOCK], entropy[SS_BLOCK];
+    for (int64_t c = 0; c < j->a->prob.shape[1]; ++c) {
+        const float *restrict p = load(j, b, c, first, n, buffer);
+        if (c == 0) {
+            memcpy(sum, p, (size_t)n * sizeof *sum);
+            memcpy(least, p, (size_t)n * sizeof *least);
+            memset(entropy, 0, (size_t)n * sizeof *entropy);
+        } else {
+            SS_SIMD
+            for (int64_t i = 0; i < n; ++i) {
+                sum[i] += p[i];
+                least[i] = p[i] < least[i] ? p[i] : least[i];
+            }
+        }
+        if (entropies) {
+            SS_SIMD
+            for (int64_t i = 0; i < n; ++i) {
+                entropy[i] += entropy_of(p[i]);
+            }
+        }
+    }
+    float low = 0.0f;
+    int32_t off = 0;
+    _Pragma("omp simd reduction(max : off) reduction(min : low)") for (int64_t i = 0; i < n; ++i) {
+        const int32_t bits = off_by(sum[i]);
+        low = least[i] < low ? least[i] : low;
+        off = bits > off ? bits : off;
+    }
+    if (entropies) {
+        SS_SIMD
+        for (int64_t i = 0; i < n; ++i) {
+            region[i] = (uint8_t)((entropy[i] <= j->limit) & (least[i] >= 0.0f));
+        }
+    }
+    return (found){low, off};
+}
+
+static found take_block(const job *j, int64_t b, int64_t first, int64_t n, uint8_t *region) {
+    const ss_specialist_targets_args *a = j->a;
+    const int64_t classes = a->prob.shape[1], voxels = a->prob.shape[2];
+    const int entropies = a->tau_p < 1.0;
+    if (a->prob.dtype != SS_F32 || classes > 4) {
+        return take_many(j, b, first, n, region, entropies);
+    }
+    const float *p = (const float *)a->prob.data + b * classes * voxels + first;
+#define TAKE(c)                                                                                    \
+    (entropies ? take_few(p, voxels, n, j->limit, region, c, 1)                                    \
+               : take_few(p, voxels, n, j->limit, region, c, 0))
+    return classes == 2 ? TAKE(2) : classes == 3 ? TAKE(3) : TAKE(4);
+#undef TAKE
+}
+
+/* Writes {P_c >= th} and returns max P_c; -inf where all are NaN. */
+static float take_class(const float *restrict p, int64_t n, float th, uint8_t *restrict target) {
+    float top = -INFINITY;
+    _Pragma("omp simd reduction(max : top)") for (int64_t i = 0; i < n; ++i) {
+        top = p[i] > top ? p[i] : top;
+        target[i] = p[i] >= th;
+    }
+    return top;
+}
+
+static void sweep(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const job *j = ctx;
-    const int64_t classes = j->a->prob.shape[1];
+    const ss_specialist_targets_args *a = j->a;
+    const int64_t classes = a->prob.shape[1], voxels = a->prob.shape[2];
     float buffer[SS_BLOCK];
     (void)thread;
     for (int64_t item = begin; item < end; ++item) {
-        int64_t first = item % j->items * SS_BLOCK;
+        int64_t b = item / j->items, first = item % j->items * SS_BLOCK;
         int64_t n = block_length(j, first);
+        uint8_t *target = (uint8_t *)a->target.data + b * a->F * voxels + first;
+        uint8_t *region = (uint8_t *)a->region.data + b * a->F * voxels + first;
+        const found f = take_block(j, b, first, n, region);
+        j->spread[2 * item] = ss_bits_f32((uint32_t)f.off);
+        j->spread[2 * item + 1] = 0.0f - f.low;
+        if (a->tau_p >= 1.0) {
+            memset(region, 1, (size_t)n);
+        }
         for (int64_t c = 1; c < classes; ++c) {
-            const float *p = load(j, item / j->items, c, first, n, buffer);
-            float top = -INFINITY;
-            _Pragma("omp simd reduction(max : top)") for (int64_t i = 0; i < n; ++i) {
-                top = p[i] > top ? p[i] : top;
+            const float *p = load(j, b, c, first, n, buffer);
+            j->top[item * classes + c] = take_class(p, n, j->high, target + (c - 1) * voxels);
+            if (c > 1) {
+                memcpy(region + (c - 1) * voxels, region, (size_t)n);
             }
-            j->top[item * classes + c] = top;
         }
     }
 }
 
 /* Threshold of a class from its maximum; NaN if it is to be skipped. */
-static float threshold_for(const ss_specialist_targets_args *a, float top) {
-    if ((double)top >= a->threshold) {
-        float th = (float)a->threshold;
-        return (double)th < a->threshold ? nextafterf(th, INFINITY) : th;
+static float threshold_for(const job *j, float top) {
+    if ((double)top >= j->a->threshold) {
+        return j->high;
     }
-    return (double)top >= a->p_min ? 0.5f * top : NAN;
+    return (double)top >= j->a->p_min ? 0.5f * top : NAN;
 }
 
-static void block_entropy(const job *j, int64_t b, int64_t first, int64_t n, float *restrict h) {
-    float buffer[SS_BLOCK];
-    memset(h, 0, (size_t)n * sizeof(float));
-    for (int64_t c = 0; c < j->a->prob.shape[1]; ++c) {
-        const float *restrict p = load(j, b, c, first, n, buffer);
-        SS_SIMD
-        for (int64_t i = 0; i < n; ++i) {
-            float term = p[i] * ss_logf(p[i]);
-            h[i] -= p[i] == 0.0f ? 0.0f : term;
-        }
-    }
-}
-
-static void masks(void *ctx, int64_t begin, int64_t end, int32_t thread) {
+/* Both masks again, for classes that do not reach the threshold. */
+static void again(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const job *j = ctx;
     const ss_specialist_targets_args *a = j->a;
     const int64_t classes = a->prob.shape[1], voxels = a->prob.shape[2];
-    const float limit = (float)(a->tau_p * log((double)classes));
-    float buffer[SS_BLOCK], h[SS_BLOCK];
+    float buffer[SS_BLOCK];
     (void)thread;
     for (int64_t item = begin; item < end; ++item) {
         int64_t b = item / j->items, first = item % j->items * SS_BLOCK;
         int64_t n = block_length(j, first);
-        if (a->tau_p < 1.0) {
-            block_entropy(j, b, first, n, h);
-        }
         for (int64_t c = 1; c < classes; ++c) {
-            const float *restrict p = load(j, b, c, first, n, buffer);
-            const float th = threshold_for(a, j->top[b * j->items * classes + c]);
-            int64_t at = (b * a->F + c - 1) * voxels + first;
-            uint8_t *restrict target = (uint8_t *)a->target.data + at;
-            uint8_t *restrict region = (uint8_t *)a->region.data + at;
-            SS_SIMD
-            for (int64_t i = 0; i < n; ++i) {
-                target[i] = p[i] >= th; /* false for NaN: skipped */
-            }
-            if (a->tau_p >= 1.0 || th != th || (double)th < a->threshold) {
-                memset(region, th == th, (size_t)n);
+            const float top = j->top[b * j->items * classes + c], th = threshold_for(j, top);
+            if ((double)top >= a->threshold) {
                 continue;
             }
-            SS_SIMD
-            for (int64_t i = 0; i < n; ++i) {
-                region[i] = h[i] <= limit;
-            }
+            int64_t at = (b * a->F + c - 1) * voxels + first;
+            const float *p = ss_load_f32(&a->prob, (b * classes + c) * voxels + first, n, buffer);
+            (void)take_class(p, n, th, (uint8_t *)a->target.data + at); /* none for NaN: skipped */
+            memset((uint8_t *)a->region.data + at, th == th, (size_t)n);
         }
     }
+}
+
+/* Folds what the items found; returns whether a class does not reach the threshold. */
+static int fold(const job *j) {
+    const ss_specialist_targets_args *a = j->a;
+    const int64_t classes = a->prob.shape[1];
+    int low = 0;
+    for (int64_t b = 0; b < a->prob.shape[0]; ++b) {
+        float *top = j->top + b * j->items * classes;
+        float *spread = (float *)a->spread.data + 2 * b;
+        const float *own = j->spread + 2 * b * j->items;
+        memcpy(spread, own, 2 * sizeof *spread);
+        for (int64_t i = 1; i < j->items; ++i) {
+            for (int64_t c = 1; c < classes; ++c) {
+                float v = top[i * classes + c];
+                top[c] = v > top[c] ? v : top[c];
+            }
+            spread[0] = own[2 * i] <= spread[0] || spread[0] != spread[0] ? spread[0] : own[2 * i];
+            spread[1] = own[2 * i + 1] > spread[1] ? own[2 * i + 1] : spread[1];
+        }
+        for (int64_t c = 1; c < classes; ++c) {
+            float th = threshold_for(j, top[c]);
+            low |= !((double)top[c] >= a->threshold);
+            ((uint8_t *)a->skip.data)[b * a->F + c - 1] = th != th;
+        }
+    }
+    return low;
 }
 
 ss_status SS_CPU(specialist_targets)(ss_exec *x, const ss_specialist_targets_args *a) {
@@ -114,23 +235,19 @@ ss_status SS_CPU(specialist_targets)(ss_exec *x, const ss_specialist_targets_arg
                        (long long)a->F + 1, (long long)s[1]);
     }
     job j = {.a = a, .items = s[2] / SS_BLOCK + (s[2] % SS_BLOCK != 0)};
+    j.high = (float)a->threshold;
+    j.high = (double)j.high < a->threshold ? nextafterf(j.high, INFINITY) : j.high;
+    j.limit = (float)(a->tau_p * log((double)s[1]));
     j.top = ss_scratch(x, s[0] * j.items * s[1], sizeof(float));
-    if (!j.top) {
-        return SS_NO_MEMORY;
-    }
-    ss_parallel_for(x, s[0] * j.items, 16, maxima, &j);
-    for (int64_t b = 0; b < s[0]; ++b) {
-        float *top = j.top + b * j.items * s[1];
-        for (int64_t c = 1; c < s[1]; ++c) {
-            for (int64_t i = 1; i < j.items; ++i) {
-                float v = top[i * s[1] + c];
-                top[c] = v > top[c] ? v : top[c];
-            }
-            float th = threshold_for(a, top[c]);
-            ((uint8_t *)a->skip.data)[b * a->F + c - 1] = th != th;
+    j.spread = ss_scratch(x, s[0] * j.items, 2 * sizeof(float));
+    ss_status status = j.top && j.spread ? SS_OK : SS_NO_MEMORY;
+    if (status == SS_OK) {
+        ss_parallel_for(x, s[0] * j.items, 16, sweep, &j);
+        if (fold(&j)) {
+            ss_parallel_for(x, s[0] * j.items, 16, again, &j);
         }
     }
-    ss_parallel_for(x, s[0] * j.items, 16, masks, &j);
     ss_scratch_free(j.top);
-    return SS_OK;
+    ss_scratch_free(j.spread);
+    return status;
 }

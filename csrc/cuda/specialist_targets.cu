@@ -4,26 +4,30 @@
  *
  *     top = max P_c;  th = threshold if top >= threshold, else top / 2 if top >= p_min, else skip
  *     target = {P_c >= th},  region = {H(P) / ln C <= tau_p};  everywhere if th < threshold
+ *     spread = max |sum_c P_c - 1| (NaN where one is), max(0, -min P): is it a distribution at all?
  *
- * prob [B, C, S], F = C - 1 -> target, region [B, F, S], skip [B, F]; both masks of a skipped class
- * are empty. tau_p >= 1 restricts nothing and costs no logarithm. Memory: every probability read
- * twice (three times with entropies, then from cache), 2 F / C bytes written per probability.
- * Launches: one memset, maxima by integer atomics on ordered bits, masks. Numerics: float, the
- * CPU's expressions: the same bits. Deterministic: maxima do not depend on order. registers <= 64
+ * prob [B, C, S], F = C - 1 -> target, region [B, F, S], skip [B, F], spread [B, 2]; both masks of
+ * a skipped class are empty. tau_p >= 1 restricts nothing and costs no logarithm. Memory: every
+ * probability of the foreground is read twice and that of the background once (then from cache), 2
+ * F / C bytes are written per probability. Launches: two memsets, maxima by integer atomics on
+ * ordered bits, masks. Numerics: float, the CPU's expressions: the same bits. Deterministic: maxima
+ * do not depend on order. registers <= 64
  */
-#include "device.cuh"
+#include "block.cuh"
 
 #define THREADS 256
 #define CHUNK 8192 /* voxels whose maximum one block finds */
 
 struct targets_job {
     const void *prob;
-    int64_t batch, classes, voxels, chunks;
+    int64_t batch, classes, voxels, chunks, blocks; /* of the masks, per sample */
     double threshold, p_min;
     float high, limit; /* the threshold in float, rounded up; tau_p ln C */
     int32_t everywhere;
     uint32_t *top; /* [batch, classes], as ordered bits; 0: nothing yet */
     uint8_t *target, *region, *skip;
+    int32_t
+        *spread; /* [batch, 2], as bits of floats that are not negative: these order as they do */
 };
 
 /* Bits that order as the numbers do, all above 0. */
@@ -72,28 +76,50 @@ SS_DEVICE float threshold_for(const targets_job &j, float top) {
     return (double)top >= j.p_min ? 0.5f * top : NAN;
 }
 
-template <typename T> SS_KERNEL void k_specialist_targets_masks(targets_job j) {
-    int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x, f = j.classes - 1;
-    if (at >= j.batch * j.voxels) {
-        return;
+/* -p ln p, 0 for 0; NaN stays. */
+SS_DEVICE float entropy_of(float p) {
+    float floored = p < 1.17549435e-38f ? 1.17549435e-38f : p;
+    return -p * ss_log_bounded(floored);
+}
+
+template <typename T>
+SS_DEVICE void voxel_masks(const targets_job &j, int64_t b, int64_t v, int32_t spread[2]) {
+    const int64_t from = b * j.classes * j.voxels + v, f = j.classes - 1;
+    float p = (float)ss_load<T>(j.prob, from);
+    float sum = p, least = p, h = j.everywhere ? 0.0f : entropy_of(p);
+    for (int64_t c = 1; c < j.classes; ++c) {
+        p = (float)ss_load<T>(j.prob, from + c * j.voxels);
+        sum += p;
+        least = p < least ? p : least;
+        h += j.everywhere ? 0.0f : entropy_of(p);
     }
-    int64_t b = at / j.voxels, v = at - b * j.voxels;
-    int64_t from = b * j.classes * j.voxels + v;
-    float h = 0.0f;
-    for (int64_t c = 0; c < j.classes && !j.everywhere; ++c) {
-        float p = (float)ss_load<T>(j.prob, from + c * j.voxels);
-        float term = p * ss_logf(p);
-        h -= p == 0.0f ? 0.0f : term;
-    }
+    spread[0] = (int32_t)(ss_f32_bits(sum - 1.0f) & 0x7fffffffu);
+    spread[1] = least < 0.0f ? (int32_t)ss_f32_bits(-least) : 0;
     for (int64_t c = 1; c < j.classes; ++c) {
         float th = threshold_for(j, unordered(j.top[b * j.classes + c]));
-        float p = (float)ss_load<T>(j.prob, from + c * j.voxels);
+        p = (float)ss_load<T>(j.prob, from + c * j.voxels);
         int64_t to = (b * f + c - 1) * j.voxels + v;
         bool all = j.everywhere || th != th || (double)th < j.threshold;
         j.target[to] = p >= th; /* false for NaN: skipped */
-        j.region[to] = all ? th == th : h <= j.limit;
+        j.region[to] = all ? th == th : h <= j.limit && least >= 0.0f;
         if (v == 0) {
             j.skip[b * f + c - 1] = th != th;
+        }
+    }
+}
+
+template <typename T> SS_KERNEL void k_specialist_targets_masks(targets_job j) {
+    SS_SHARED int32_t room[THREADS / SS_WARP];
+    const int64_t b = blockIdx.x / j.blocks;
+    const int64_t v = blockIdx.x % j.blocks * THREADS + threadIdx.x;
+    int32_t spread[2] = {0, 0};
+    if (v < j.voxels) {
+        voxel_masks<T>(j, b, v, spread);
+    }
+    for (int k = 0; k < 2; ++k) {
+        const int32_t most = ss_block_max<THREADS>(spread[k], room);
+        if (threadIdx.x == 0 && most > 0) {
+            atomicMax(&j.spread[2 * b + k], most);
         }
     }
 }
@@ -101,7 +127,7 @@ template <typename T> SS_KERNEL void k_specialist_targets_masks(targets_job j) {
 template <typename T> static ss_status run(ss_exec *x, const targets_job &j) {
     unsigned blocks = ss_blocks(j.batch * (j.classes - 1) * j.chunks, 1);
     SS_TRY(SS_LAUNCH(x, blocks, THREADS, 0, (k_specialist_targets_top<T>), j));
-    return SS_LAUNCH(x, ss_blocks(j.batch * j.voxels, THREADS), THREADS, 0,
+    return SS_LAUNCH(x, ss_blocks(j.batch * j.blocks, 1), THREADS, 0,
                      (k_specialist_targets_masks<T>), j);
 }
 
@@ -125,6 +151,7 @@ ss_status SS_CUDA(specialist_targets)(ss_exec *x, const ss_specialist_targets_ar
     j.classes = s[1];
     j.voxels = s[2];
     j.chunks = (s[2] + CHUNK - 1) / CHUNK;
+    j.blocks = (s[2] + THREADS - 1) / THREADS;
     j.threshold = a->threshold;
     j.p_min = a->p_min;
     j.high = (float)a->threshold;
@@ -135,6 +162,8 @@ ss_status SS_CUDA(specialist_targets)(ss_exec *x, const ss_specialist_targets_ar
     j.target = (uint8_t *)a->target.data;
     j.region = (uint8_t *)a->region.data;
     j.skip = (uint8_t *)a->skip.data;
+    j.spread = (int32_t *)a->spread.data;
+    SS_TRY(ss_cuda_zero(x, j.spread, s[0] * 2 * (int64_t)sizeof *j.spread));
     SS_TRY(ss_cuda_zero(x, j.top, s[0] * s[1] * (int64_t)sizeof *j.top));
     SS_FOR_FLOAT(a->prob.dtype, T, return run<T>(x, j));
     return SS_UNSUPPORTED;
