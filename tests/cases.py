@@ -468,6 +468,13 @@ def _surface(
     return (*maps, table, classes, 1, dims, *ignore, percentile, list(spacing), near)
 
 
+def _rimmed(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """A mask whose last voxels are to be ignored (255)."""
+    mask = _blobs(rng, 2, *shape)
+    mask[:, -700:] = 255
+    return mask
+
+
 _ORDER = "sums in another order; distances round once more where coordinates are scaled first"
 CASES += [
     Case("overlap", "u8", lambda r: (_blobs(r, 4, 2, 9, 21, 30), _blobs(r, 4, 2, 9, 21, 30), 4, 0, 0), ()),
@@ -488,6 +495,13 @@ CASES += [
             -1,
         ),
         (),
+    ),
+    Case("overlap", "bits", lambda r: (_blobs(r, 2, 3, 9001) > 0, _blobs(r, 2, 3, 9001), 2, 0, 0), ()),
+    Case("overlap", "bits, many", lambda r: (_blobs(r, 2, 2, 4160), _blobs(r, 2, 2, 4160), 9, 1, 3), ()),
+    Case("overlap", "bits, 0 ignored", lambda r: (_blobs(r, 2, 2, 5000), _blobs(r, 2, 2, 5000), 2, 1, 0), ()),
+    Case("overlap", "bits, 1 ignored", lambda r: (_blobs(r, 2, 2, 5000), _blobs(r, 2, 2, 5000), 2, 1, 1), ()),
+    Case(
+        "overlap", "bits, some ignored", lambda r: (_blobs(r, 2, 2, 9000), _rimmed(r, 2, 9000), 2, 1, 255), ()
     ),
     Case("surface_metrics", "3d", lambda r: _surface(r, (2, 12, 17, 23)), (), 1e-12, 1e-12, _ORDER),
     Case("surface_metrics", "one voxel", lambda r: _surface(r, (3, 1, 1, 1), 2), (), 1e-12, 1e-12, _ORDER),

@@ -7,9 +7,11 @@
  * Shapes: y_pred, y [N, S] of any integer dtypes; counts [N, C, 3]. A reference voxel with the
  * ignored label counts nowhere; any other label outside 0..C-1 is an error. Memory: each label is
  * read once. Blocks of 4096 voxels are checked and converted in lanes; then only runs of equal
- * pairs of labels are visited, so the cost does not depend on the number of classes.
+ * pairs of labels are visited, so the cost does not depend on the number of classes. Bytes that are
+ * all 0 or 1, a mask and its reference, are counted as bits.
  * Counts are integers: exact, and the same for every thread count.
  */
+#include "bits.h"
 #include "labels.h"
 
 typedef struct job {
@@ -18,6 +20,7 @@ typedef struct job {
     int64_t blocks;  /* per case */
     int64_t *counts; /* one table per thread */
     uint8_t *bad;    /* one flag per thread, 64 bytes apart */
+    int bits;        /* blocks of 0 and 1 may be counted as bits */
 } job;
 
 static void add_run(int64_t *counts, unsigned p, unsigned g, int64_t length) {
@@ -48,6 +51,40 @@ static void count_block(const uint16_t *p, const uint16_t *g, int64_t n, int64_t
     add_run(counts, p[begin], g[begin], n - begin);
 }
 
+/* Counts a block of two maps of 0 and 1; false if there is anything else in it. */
+static int count_bits(const uint8_t *restrict p, const uint8_t *restrict g, int64_t n,
+                      int64_t *counts) {
+    uint8_t any = 0;
+    _Pragma("omp simd reduction(| : any)") for (int64_t i = 0; i < n; ++i) {
+        any |= (uint8_t)(p[i] | g[i]);
+    }
+    if (any > 1) {
+        return 0;
+    }
+    int64_t ours = 0, theirs = 0, both = 0;
+    for (int64_t i = 0; i < n; i += 64) {
+        const int64_t m = n - i < 64 ? n - i : 64;
+        const uint64_t a = pack64(p + i, m), b = pack64(g + i, m);
+        ours += ss_count_bits(a);
+        theirs += ss_count_bits(b);
+        both += ss_count_bits(a & b);
+    }
+    counts[0] += n - ours;
+    counts[1] += n - theirs;
+    counts[2] += n - ours - theirs + both;
+    counts[3] += ours;
+    counts[4] += theirs;
+    counts[5] += both;
+    return 1;
+}
+
+/* Whether `count_bits` may be asked: bytes, of which neither 0 nor 1 is ignored. */
+static int are_bits(const ss_overlap_args *a, const ss_label_rule *rule) {
+    const int bytes = ss_dtype_size(a->y_pred.dtype) == 1 && ss_dtype_size(a->y.dtype) == 1;
+    return bytes && rule->classes >= 2 &&
+           !(rule->ignores && (rule->ignore == 0 || rule->ignore == 1));
+}
+
 static void blocks(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     const job *j = ctx;
     const ss_overlap_args *a = j->a;
@@ -60,6 +97,11 @@ static void blocks(void *ctx, int64_t begin, int64_t end, int32_t thread) {
         int64_t n = b / j->blocks;
         int64_t at = b % j->blocks * SS_LABEL_BLOCK;
         int64_t length = size - at < SS_LABEL_BLOCK ? size - at : SS_LABEL_BLOCK;
+        if (j->bits &&
+            count_bits((const uint8_t *)a->y_pred.data + n * size + at,
+                       (const uint8_t *)a->y.data + n * size + at, length, counts + n * table)) {
+            continue;
+        }
         if (ss_load_pair(&a->y_pred, &a->y, n * size + at, length, &j->rule, p, g)) {
             j->bad[64 * thread] = 1;
         } else {
@@ -71,6 +113,7 @@ static void blocks(void *ctx, int64_t begin, int64_t end, int32_t thread) {
 ss_status SS_CPU(overlap)(ss_exec *x, const ss_overlap_args *a) {
     const int64_t n = a->y.shape[0];
     job j = {.a = a, .rule = {a->num_classes, a->ignore_index, (int32_t)a->has_ignore}};
+    j.bits = are_bits(a, &j.rule);
     j.blocks = (a->y.shape[1] + SS_LABEL_BLOCK - 1) / SS_LABEL_BLOCK;
     const int64_t table = n * 3 * a->num_classes;
     const int64_t grain = 8;
