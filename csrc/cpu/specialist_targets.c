@@ -32,9 +32,21 @@ typedef struct found {
     int32_t off;
 } found;
 
-static int64_t block_length(const job *j, int64_t begin) {
-    int64_t left = j->a->prob.shape[2] - begin;
-    return left < SS_BLOCK ? left : SS_BLOCK;
+/* Where an item lies: n voxels of sample b from voxel `first` on, and in the masks of its class 1.
+ */
+typedef struct place {
+    int64_t b, first, n;
+    uint8_t *target, *region;
+} place;
+
+static place place_of(const job *j, int64_t item) {
+    const ss_specialist_targets_args *a = j->a;
+    const int64_t voxels = a->prob.shape[2];
+    place at = {.b = item / j->items, .first = item % j->items * SS_BLOCK};
+    at.n = voxels - at.first < SS_BLOCK ? voxels - at.first : SS_BLOCK;
+    at.target = (uint8_t *)a->target.data + at.b * a->F * voxels + at.first;
+    at.region = (uint8_t *)a->region.data + at.b * a->F * voxels + at.first;
+    return at;
 }
 
 static const float *load(const job *j, int64_t b, int64_t c, int64_t begin, int64_t n,
@@ -149,21 +161,19 @@ static void sweep(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     float buffer[SS_BLOCK];
     (void)thread;
     for (int64_t item = begin; item < end; ++item) {
-        int64_t b = item / j->items, first = item % j->items * SS_BLOCK;
-        int64_t n = block_length(j, first);
-        uint8_t *target = (uint8_t *)a->target.data + b * a->F * voxels + first;
-        uint8_t *region = (uint8_t *)a->region.data + b * a->F * voxels + first;
-        const found f = take_block(j, b, first, n, region);
+        const place at = place_of(j, item);
+        const found f = take_block(j, at.b, at.first, at.n, at.region);
         j->spread[2 * item] = ss_bits_f32((uint32_t)f.off);
         j->spread[2 * item + 1] = 0.0f - f.low;
         if (a->tau_p >= 1.0) {
-            memset(region, 1, (size_t)n);
+            memset(at.region, 1, (size_t)at.n);
         }
         for (int64_t c = 1; c < classes; ++c) {
-            const float *p = load(j, b, c, first, n, buffer);
-            j->top[item * classes + c] = take_class(p, n, j->high, target + (c - 1) * voxels);
+            const float *p = load(j, at.b, c, at.first, at.n, buffer);
+            uint8_t *target = at.target + (c - 1) * voxels;
+            j->top[item * classes + c] = take_class(p, at.n, j->high, target);
             if (c > 1) {
-                memcpy(region + (c - 1) * voxels, region, (size_t)n);
+                memcpy(at.region + (c - 1) * voxels, at.region, (size_t)at.n);
             }
         }
     }
@@ -185,17 +195,16 @@ static void again(void *ctx, int64_t begin, int64_t end, int32_t thread) {
     float buffer[SS_BLOCK];
     (void)thread;
     for (int64_t item = begin; item < end; ++item) {
-        int64_t b = item / j->items, first = item % j->items * SS_BLOCK;
-        int64_t n = block_length(j, first);
+        const place at = place_of(j, item);
         for (int64_t c = 1; c < classes; ++c) {
-            const float top = j->top[b * j->items * classes + c], th = threshold_for(j, top);
+            const float top = j->top[at.b * j->items * classes + c], th = threshold_for(j, top);
             if ((double)top >= a->threshold) {
                 continue;
             }
-            int64_t at = (b * a->F + c - 1) * voxels + first;
-            const float *p = ss_load_f32(&a->prob, (b * classes + c) * voxels + first, n, buffer);
-            (void)take_class(p, n, th, (uint8_t *)a->target.data + at); /* none for NaN: skipped */
-            memset((uint8_t *)a->region.data + at, th == th, (size_t)n);
+            const float *p = load(j, at.b, c, at.first, at.n, buffer);
+            /* NaN, of a class that is skipped, takes no voxel. */
+            (void)take_class(p, at.n, th, at.target + (c - 1) * voxels);
+            memset(at.region + (c - 1) * voxels, th == th, (size_t)at.n);
         }
     }
 }
