@@ -25,7 +25,7 @@ class Info:
 
         >>> import semisam
         >>> semisam.info()["abi"]
-        3
+        4
         """
         build = _core.build_info()
         return Report(
