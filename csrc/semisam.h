@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define SS_ABI 4
+#define SS_ABI 5
 #define SS_MAX_DIMS 6   /* B C D H W and one to spare */
 #define SS_MAX_LIST 128 /* tensors in one list argument */
 #define SS_MAX_THREADS 256

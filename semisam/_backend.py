@@ -25,7 +25,7 @@ class Info:
 
         >>> import semisam
         >>> semisam.info()["abi"]
-        4
+        5
         """
         build = _core.build_info()
         return Report(

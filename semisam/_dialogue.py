@@ -119,24 +119,26 @@ class Slot:
         state = self._encode(request)
         seconds = time.perf_counter() - began
         dialogue = _Dialogue(self, request, settings, state)
-        answer = low = None
+        answer = current = low = None
         answered, active = torch.zeros_like(skip), ~skip
         made = Answers([], None, dialogue.clicks)
         done = torch.zeros(len(skip), dtype=torch.int64, device=skip.device)
         for k in range(settings["clicks"] if "points" in MODES[self.mode] else 1):
-            active = dialogue.prepare(k, answer, active, low)
+            active = dialogue.prepare(k, current, active, low)
             if not quiet and not bool(active.any()):
                 break
             began = time.perf_counter()
             decoded = self.generalist.decode(state, dialogue.sent(request.images.device), active)
             logits = decoded.logits.to(target.device, torch.float32)  # waits for a GPU, unless it is at home
             seconds += time.perf_counter() - began
-            good = active & usable(logits, target, active, made.failed, whole, quiet=quiet)
+            right, mask = usable(logits, target, active, made.failed, whole, quiet=quiet)
+            good = active & right
             if logits.shape != target.shape or (not quiet and not bool(good.any())):
                 break
             active, answered, done = good, answered | good, done + good.any(1)
             every = not quiet and bool(good.all())
             answer = logits if every else _renewed(good, logits, answer, -_SURE)
+            current = mask if every else _renewed(good, mask, current, False)
             given = decoded.low_res.to(target.device)
             low = given if every else _renewed(good, given, low, 0.0)
             made.rounds.append(answer)
@@ -154,14 +156,17 @@ class Slot:
 
 def usable(
     logits: Any, target: Any, active: Any, failed: dict[str, Any], whole: bool = True, *, quiet: bool = False
-) -> Any:
-    """Rows [B, F] that say something; those asked for that do not are counted, by what is wrong."""
+) -> tuple[Any, Any]:
+    """Rows [B, F] that say something, and the mask that they draw (None: of another shape than the target).
+
+    Rows that are asked for and say nothing are counted, by what is wrong.
+    """
     if tuple(logits.shape) != tuple(target.shape):
         what = f"have shape {tuple(logits.shape)}, expected {tuple(target.shape)}"
         failed[what] = failed.get(what, 0) + (active.sum() if quiet else int(active.sum()))
-        return torch.zeros_like(active)
-    rows = logits.flatten(2)
-    low, high = rows.amin(2), rows.amax(2)  # both are NaN where a voxel is
+        return torch.zeros_like(active), None
+    mask, span = prompts.answer_mask(logits)
+    low, high = span.unbind(-1)  # both are NaN where a voxel is
     finite = low.isfinite() & high.isfinite()
     varied = ~finite | (low != high) if whole else torch.ones_like(finite)
     for what, right in (("are not finite", finite), (_SAME, varied)):
@@ -169,7 +174,7 @@ def usable(
         count = wrong if quiet else int(wrong)
         if quiet or count:
             failed[what] = failed.get(what, 0) + count
-    return finite & varied
+    return finite & varied, mask
 
 
 def _slice_by_slice(
@@ -253,24 +258,21 @@ class _Dialogue:
         self.takes = slot.generalist.spec.prompts
         self.batch = prompts.PromptBatch.empty(len(target), target.shape[1], target.shape[2:], target)
         self.clicks = self.batch
-        self.current: Any = None  # the mask so far, in the same memory in every round
         if "box" in self.takes and (settings["box"] or slot.mode == "box"):
             box, _ = prompts.boxes(target, settings["box_margin"])
             self.batch = replace(self.batch, boxes=box)
 
-    def prepare(self, k: int, answer: Any, active: Any, low: Any) -> Any:
-        """Make round k's prompts; returns the rows [B, F] that have one."""
+    def prepare(self, k: int, current: Any, active: Any, low: Any) -> Any:
+        """Make round k's prompts from the mask so far; returns the rows [B, F] that have one."""
         if self.slot.mode == "box":
             return active
         if k == 0 and "mask" in MODES[self.slot.mode]:
             self.batch = replace(self.batch, mask_logits=self._mask())
             return active
         s, (target, region, _) = self.settings, self.request.targets
-        if answer is not None:
-            self.current = torch.gt(answer, 0, out=self.current)
         point, label = prompts.next_click(
             target,
-            self.current,
+            current,
             region,
             # Generalists draw independently: one that has erred alike must not get the same clicks.
             seed=(int(s["seed"]) + self.slot.number * 0x9E3779B97F4A7C15) % 2**64,

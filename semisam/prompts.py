@@ -25,6 +25,7 @@ from semisam import ops
 __all__ = [
     "PromptBatch",
     "SpecialistTargets",
+    "answer_mask",
     "boxes",
     "click_counter",
     "mask_logits",
@@ -207,6 +208,25 @@ def next_click(
     ndim = len(shape) - 2
     point, label = ops.call("next_click", *rows, counter, _seed(seed, "next_click"), rule == "ritm", ndim)
     return point[:, 3 - ndim :].reshape(batch, f, ndim), label.reshape(batch, f)
+
+
+def answer_mask(logits: Any) -> tuple[Any, Any]:
+    """Return what an answer calls foreground, the next round's `current`, and whether it says anything.
+
+    `logits` [B, F, H, W] or [B, F, D, H, W], any floating dtype. Returns the mask {logits > 0} (bool, the
+    same shape) and the span [B, F, 2] (float32): the smallest and the largest logit of each row, NaN both
+    where a voxel is. An answer whose span is not finite is broken; one that is the same number twice says
+    nothing. Raises TypeError for a dtype that is not floating, ValueError for another number of dimensions.
+
+    >>> import numpy as np
+    >>> from semisam import prompts
+    >>> mask, span = prompts.answer_mask(np.float32([[[[-2, 1, 3]]]]))
+    >>> mask.tolist(), span.tolist()
+    ([[[[False, True, True]]]], [[[-2.0, 3.0]]])
+    """
+    shape = _shape(logits, "answer_mask", "logits", (4, 5), "[B, F, H, W] or [B, F, D, H, W]")
+    mask, span = ops.call("answer_mask", logits.reshape(shape[0] * shape[1], *shape[2:]))
+    return mask.reshape(shape), span.reshape(*shape[:2], 2)
 
 
 def sample_points(

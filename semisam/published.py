@@ -274,7 +274,7 @@ class PublishedTerm(SemiSAMTerm):
                 break
             decoded = slot.generalist.decode(state, batch, active)
             logits = decoded.logits.to(target.device, torch.float32)
-            good = active & usable(logits, target, active, made.failed)
+            good = active & usable(logits, target, active, made.failed)[0]
             if not bool(good.any()):
                 break
             active, answered = good, answered | good

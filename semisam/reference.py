@@ -43,6 +43,12 @@ def specialist_targets(
     return target, region, skip, spread
 
 
+def answer_mask(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Foreground, and the smallest and largest logit of each row."""
+    rows = logits.flatten(1)
+    return logits > 0, torch.stack([rows.amin(1), rows.amax(1)], 1)
+
+
 def philox64(seed: int, counter: list[int]) -> int:
     """The first 64 bits of Philox4x32-10, low word first."""
     c, k = list(counter), [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]

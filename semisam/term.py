@@ -90,7 +90,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 # Operators without which a device's tensors go to the CPU.
 _OPERATORS = (
-    *("specialist_targets", "mask_logits", "next_click", "boxes", "keep_components"),
+    *("specialist_targets", "answer_mask", "mask_logits", "next_click", "boxes", "keep_components"),
     *("fuse", "voxel_loss_forward", "voxel_loss_backward"),
 )
 

@@ -47,6 +47,7 @@ CASES: list[Case] = []
 
 # ---- prompts ------------------------------------------------------------------------------------
 
+_SPAN = "one rounding of a float64 extreme to float32, which the reference keeps"
 _ROUNDING = "one rounding of a float64 result to float32, and log(m) - log1p(-m) near m = 1/2"
 CASES += [
     Case("mask_logits", "3d", lambda r: (_prob(r, 2, 16, 20, 12), 4, 5, 3), FLOATS, 1e-6, 1e-6, _ROUNDING),
@@ -108,6 +109,9 @@ CASES += [
     _targets("low", lambda r: (_softmax(r, 2, 9, 13, scale=0.3), 8, 0.5, 0.2, 0.9)),
     _targets("all", lambda r: (_softmax(r, 2, 3, 50, scale=0.5), 2, 0.9, 0.6, 1.0)),
     _targets("off", lambda r: (_softmax(r, 3, 3, 4, 700) * 1.1 - 0.02, 2, 0.5, 0.2, 0.5), FLOATS),
+    Case("answer_mask", "3d", lambda r: (r.standard_normal((3, 9, 20, 21)),), FLOATS, 1e-7, 1e-7, _SPAN),
+    Case("answer_mask", "constant", lambda r: (np.full((2, 1, 1, 1030), -0.5),), FLOATS),
+    Case("answer_mask", "large", lambda r: (r.standard_normal((2, 1, 130, 140)) - 2,)),
     Case("next_click", "ritm", lambda r: _clicks(r, 5, 9, 8, 11, ritm=1), ()),
     Case("next_click", "ritm-skip", lambda r: _clicks(r, 4, 6, 12, 7, ritm=1, optional="grs"), ()),
     Case("next_click", "ritm-first", lambda r: _clicks(r, 3, 8, 10, 9, ritm=1, optional="r"), ()),
@@ -785,6 +789,14 @@ SPEEDS += [
             {"boxes_published": 3, "floor": 1.5},
         )
         for side in (256, 512, 1024)
+    ),
+    Speed(
+        "answer's mask and span 2x128^3",
+        lambda r: _torch(r.standard_normal((2, 1, 128, 128, 128), np.float32)),
+        lambda z: _ours("prompts.answer_mask", z),
+        ("answer_torch",),
+        lambda z: z.nbytes + z.nbytes // 4,
+        {"best": 2, "floor": 1.5},
     ),
     Speed(
         "specialist targets 2x2x128^3",

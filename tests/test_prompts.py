@@ -448,6 +448,26 @@ def test_nan_is_in_no_mask():
     assert specialist_targets(_binary([np.nan] * 3)).skip.all()
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_answer_mask_sees_what_says_nothing(rng, kind):
+    """Row by row: NaN anywhere, infinities, one number everywhere; zeros of both signs are one number."""
+    z = rng.standard_normal((6, 1, 5, 30, 41)).astype(np.float32)
+    z[1, 0, 4, 29, 40] = np.nan
+    z[2, 0, 0, 0, 0], z[2, 0, 0, 0, 1] = -np.inf, np.inf
+    z[3] = -1.5
+    z[4], z[4, ..., ::2] = 0.0, -0.0
+    z[5] = np.nan
+    mask, span = prompts.answer_mask(kind(z))
+    assert np.array_equal(np.asarray(mask), z > 0)
+    rows = z.reshape(6, 1, -1)
+    np.testing.assert_array_equal(np.asarray(span), np.stack([rows.min(2), rows.max(2)], 2))
+    assert not np.signbit(np.asarray(span)[4]).any()
+    with pytest.raises(ValueError, match=r"answer_mask\(\): logits: expected \[B, F, H, W\]"):
+        prompts.answer_mask(kind(z[0, 0]))
+    with pytest.raises(TypeError, match="answer_mask"):
+        prompts.answer_mask(kind((z > 0).astype(np.uint8)))
+
+
 @pytest.mark.parametrize("classes", [2, 3, 4, 7])
 @pytest.mark.parametrize("tau_p", [0.5, 1.0])
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])

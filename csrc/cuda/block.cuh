@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * block.cuh: the largest value of a block and sums over the threads before one.
+ * block.cuh: the largest value of a block, sums over the threads before one, floats as integers.
  *
  * As ss_block_sum of device.cuh: all threads of a block take part, blocks are whole warps, `room`
  * is shared memory for one value per warp and may be used again at once. Integers: no order
@@ -26,6 +26,15 @@ template <int THREADS> SS_DEVICE int32_t ss_block_max(int32_t v, int32_t *room) 
     }
     __syncthreads();
     return v;
+}
+
+/* Bits that order as the numbers do, all above 0; and back. */
+SS_DEVICE uint32_t ss_ordered(float f) {
+    uint32_t u = ss_f32_bits(f);
+    return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+SS_DEVICE float ss_unordered(uint32_t u) {
+    return ss_bits_f32(u & 0x80000000u ? u & 0x7fffffffu : ~u);
 }
 
 /* The sum over the threads before this one; *total: over all. */

@@ -30,16 +30,6 @@ struct targets_job {
         *spread; /* [batch, 2], as bits of floats that are not negative: these order as they do */
 };
 
-/* Bits that order as the numbers do, all above 0. */
-SS_DEVICE uint32_t ordered(float f) {
-    uint32_t u = ss_f32_bits(f);
-    return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-
-SS_DEVICE float unordered(uint32_t u) {
-    return ss_bits_f32(u & 0x80000000u ? u & 0x7fffffffu : ~u);
-}
-
 template <typename T> SS_KERNEL void k_specialist_targets_top(targets_job j) {
     SS_SHARED float warp[THREADS / 32];
     int64_t f = j.classes - 1, row = blockIdx.x / j.chunks, chunk = blockIdx.x % j.chunks;
@@ -64,7 +54,7 @@ template <typename T> SS_KERNEL void k_specialist_targets_top(targets_job j) {
         for (int k = 1; k < THREADS / 32; ++k) {
             top = warp[k] > top ? warp[k] : top;
         }
-        atomicMax(&j.top[at], ordered(top));
+        atomicMax(&j.top[at], ss_ordered(top));
     }
 }
 
@@ -96,7 +86,7 @@ SS_DEVICE void voxel_masks(const targets_job &j, int64_t b, int64_t v, int32_t s
     spread[0] = (int32_t)(ss_f32_bits(sum - 1.0f) & 0x7fffffffu);
     spread[1] = least < 0.0f ? (int32_t)ss_f32_bits(-least) : 0;
     for (int64_t c = 1; c < j.classes; ++c) {
-        float th = threshold_for(j, unordered(j.top[b * j.classes + c]));
+        float th = threshold_for(j, ss_unordered(j.top[b * j.classes + c]));
         p = (float)ss_load<T>(j.prob, from + c * j.voxels);
         int64_t to = (b * f + c - 1) * j.voxels + v;
         bool all = j.everywhere || th != th || (double)th < j.threshold;

@@ -68,7 +68,7 @@ static void test_backend(void) {
     static ss_backend backend = {.abi = SS_ABI + 1, .device = SS_CUDA, .name = "a", .isa = "b"};
     char text[256];
     CHECK(ss_add_backend(&backend, text, sizeof text) == SS_INVALID, "another ABI");
-    CHECK_TEXT(text, "expected a backend of ABI 4, got 5: rebuild it");
+    CHECK_TEXT(text, "expected a backend of ABI 5, got 6: rebuild it");
     backend.abi = SS_ABI;
     backend.device = 7;
     CHECK(ss_add_backend(&backend, text, sizeof text) == SS_INVALID, "another device");
