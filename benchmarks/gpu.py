@@ -617,7 +617,7 @@ def _rollout(data: Any, clicks: int = 10) -> Any:
             clicks=clicks,
         )
         made.append(prompts.mask_logits(answers[k].sigmoid()[:, 0], size))
-        current = answers[k] > 0
+        current, _ = prompts.answer_mask(answers[k])
     fused = fusion.fuse(answers, logits=True, two_channels=True)
     return [*made, *fused]
 
@@ -637,7 +637,7 @@ def _prompt_rows() -> Iterator[Row]:
         _rollout,
         {},
         None,
-        ("specialist_targets", "next_click", "mask_logits", "fuse"),
+        ("specialist_targets", "answer_mask", "next_click", "mask_logits", "fuse"),
         {"ms": 1.0},
         graph=True,
     )
@@ -649,6 +649,15 @@ def _prompt_rows() -> Iterator[Row]:
         {"torch": peers.targets_torch},
         lambda p: p.nbytes + 2 * p.nbytes // 8,
         ("specialist_targets",),
+        graph=True,
+    )
+    yield Row(
+        "answer's mask and span 2x128^3",
+        lambda bench, _: _teacher(bench)[:, 1:].contiguous(),
+        prompts.answer_mask,
+        {"torch": peers.answer_torch},
+        lambda z: z.nbytes + z.nbytes // 4,
+        ("answer_mask",),
         graph=True,
     )
     yield Row(

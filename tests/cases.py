@@ -51,6 +51,15 @@ _SPAN = "one rounding of a float64 extreme to float32, which the reference keeps
 _ROUNDING = "one rounding of a float64 result to float32, and log(m) - log1p(-m) near m = 1/2"
 CASES += [
     Case("mask_logits", "3d", lambda r: (_prob(r, 2, 16, 20, 12), 4, 5, 3), FLOATS, 1e-6, 1e-6, _ROUNDING),
+    Case(
+        "mask_logits",
+        "off",
+        lambda r: (_prob(r, 2, 9, 8, 15) * 1.2 - 0.1, 4, 4, 5),
+        FLOATS,
+        1e-6,
+        1e-6,
+        _ROUNDING,
+    ),
     Case("mask_logits", "uneven", lambda r: (_prob(r, 1, 7, 11, 13), 3, 4, 5), FLOATS, 1e-6, 1e-6, _ROUNDING),
     Case(
         "mask_logits",

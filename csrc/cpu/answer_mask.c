@@ -16,13 +16,13 @@ typedef struct job {
     float *span;   /* [N, items, 2] */
 } job;
 
+#define EXTREMES _Pragma("omp simd reduction(min : low) reduction(max : high) reduction(| : bad)")
+
 static void take_block(const float *restrict z, int64_t n, uint8_t *restrict mask, float *span) {
     float low = INFINITY, high = -INFINITY;
     int32_t bad = 0;
-    _Pragma(
-        "omp simd reduction(min : low) reduction(max : high) reduction(| : bad)") for (int64_t i =
-                                                                                           0;
-                                                                                       i < n; ++i) {
+    EXTREMES
+    for (int64_t i = 0; i < n; ++i) {
         low = z[i] < low ? z[i] : low;
         high = z[i] > high ? z[i] : high;
         bad |= z[i] != z[i];

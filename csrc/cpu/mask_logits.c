@@ -2,7 +2,8 @@
  *
  * mask_logits.c: the mask prompt of a promptable model from a probability map.
  *
- *     out[n, cell] = clip(ln(m / (1 - m)), -10, 10),  m = mean of prob[n] over the cell
+ *     out[n, cell] = clip(ln(m / (1 - m)), -10, 10),
+ *     m = mean of prob[n], clipped to [0, 1], over the cell
  *
  * Cells are those of adaptive average pooling: cell i of d covers floor(i D / d) up to, not
  * including, ceil((i + 1) D / d); for D = 4 d they are the 4-voxel cells that SAM's mask input has.
@@ -35,7 +36,8 @@ static void add_line(const ss_tensor *prob, int64_t offset, int64_t n, double *r
         const double *restrict p = (const double *)prob->data + offset;
         SS_SIMD
         for (int64_t i = 0; i < n; ++i) {
-            columns[i] += p[i];
+            double v = p[i] < 0.0 ? 0.0 : p[i];
+            columns[i] += v > 1.0 ? 1.0 : v;
         }
         return;
     }
@@ -44,7 +46,8 @@ static void add_line(const ss_tensor *prob, int64_t offset, int64_t n, double *r
         const float *restrict p = ss_load_f32(prob, offset + first, m, buffer);
         SS_SIMD
         for (int64_t i = 0; i < m; ++i) {
-            columns[first + i] += (double)p[i];
+            float v = p[i] < 0.0f ? 0.0f : p[i];
+            columns[first + i] += (double)(v > 1.0f ? 1.0f : v);
         }
     }
 }

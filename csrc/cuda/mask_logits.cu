@@ -2,7 +2,8 @@
  *
  * mask_logits.cu: the mask prompt of a promptable model from a probability map.
  *
- *     out[n, cell] = clip(ln(m / (1 - m)), -10, 10),  m = mean of prob[n] over the cell
+ *     out[n, cell] = clip(ln(m / (1 - m)), -10, 10),
+ *     m = mean of prob[n], clipped to [0, 1], over the cell
  *
  * prob [N, D, H, W] -> logits [N, d, h, w]; cells are those of adaptive average pooling. Memory: 4
  * bytes read per voxel (float), 4 written per cell; lanes of a warp own neighbouring cells, whose
@@ -46,7 +47,9 @@ SS_KERNEL void k_mask_logits(const void *prob, float *out, mask_logits_sizes s) 
         for (int64_t z = d0; z < d1; ++z) {
             for (int64_t y = h0; y < h1; ++y) {
                 int64_t at = ((n * s.depth + z) * s.height + y) * s.width + column;
-                lines += (double)ss_load<T>(prob, at);
+                double v = (double)ss_load<T>(prob, at);
+                v = v < 0.0 ? 0.0 : v;
+                lines += v > 1.0 ? 1.0 : v;
             }
         }
         sum += lines;

@@ -239,7 +239,7 @@ class Sam:
         """
         side = (self.mask_side,) * 2
         down, across = self._to_prompt(state.shape, prob.device)
-        square = (down @ prob.float().flatten(0, 1) @ across.T).clamp(0, 1)
+        square = down @ prob.float().flatten(0, 1) @ across.T
         made: Tensor = prompts.mask_logits(square, side)
         return made.reshape(*prob.shape[:2], *side)
 

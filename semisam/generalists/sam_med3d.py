@@ -212,7 +212,7 @@ class SamMed3D:
         """
         flat = prob.float().flatten(0, 1)[:, None]
         cube = self._into_cube(_resize(flat, state.resampled), 0.0)
-        made: Tensor = prompts.mask_logits(cube[:, 0].clamp(0, 1), self._mask_size)
+        made: Tensor = prompts.mask_logits(cube[:, 0], self._mask_size)
         return made.reshape(*prob.shape[:2], *self._mask_size)
 
     # ---- for caches
