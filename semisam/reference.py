@@ -21,7 +21,7 @@ from torch import Tensor
 
 def mask_logits(prob: Tensor, d: int, h: int, w: int) -> Tensor:
     """clip(ln(m / (1 - m)), -10, 10) of the mean m over each cell of adaptive average pooling."""
-    return F.adaptive_avg_pool3d(prob.clamp(0, 1)[:, None], (d, h, w))[:, 0].logit().clamp(-10, 10)
+    return F.adaptive_avg_pool3d(prob[:, None], (d, h, w))[:, 0].clamp(0, 1).logit().clamp(-10, 10)
 
 
 def specialist_targets(

@@ -54,7 +54,7 @@ CASES += [
     Case(
         "mask_logits",
         "off",
-        lambda r: (_prob(r, 2, 9, 8, 15) * 1.2 - 0.1, 4, 4, 5),
+        lambda r: (_prob(r, 2, 4, 3, 5) * 1.2 - 0.1, 4, 3, 5),
         FLOATS,
         1e-6,
         1e-6,

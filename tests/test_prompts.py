@@ -665,8 +665,8 @@ def test_mask_logits_at_the_ends():
     assert np.isnan(out[3])
     assert abs(out[4] - np.log(0.9999 / 1e-4)) < 2e-6
     assert out[5] == -10
-    outside = np.array([[[-0.25, 1.0, 1.5, 0.0, -np.inf, np.inf]]])
-    assert prompts.mask_logits(outside, (1, 3))[0, 0].tolist() == [0, 0, 0]  # each end, not their sum
+    outside = np.array([[[-1e-7, 0.0, 1 + 1e-7, 1.0, -np.inf, 0.5, np.inf, 0.5]]])
+    assert prompts.mask_logits(outside, (1, 4))[0, 0].tolist() == [-10, 10, -10, 10]
 
 
 def test_mask_logits_is_the_average_not_a_sample(rng):

@@ -3,7 +3,7 @@
  * mask_logits.c: the mask prompt of a promptable model from a probability map.
  *
  *     out[n, cell] = clip(ln(m / (1 - m)), -10, 10),
- *     m = mean of prob[n], clipped to [0, 1], over the cell
+ *     m = clip(mean of prob[n] over the cell, 0, 1)
  *
  * Cells are those of adaptive average pooling: cell i of d covers floor(i D / d) up to, not
  * including, ceil((i + 1) D / d); for D = 4 d they are the 4-voxel cells that SAM's mask input has.
@@ -36,8 +36,7 @@ static void add_line(const ss_tensor *prob, int64_t offset, int64_t n, double *r
         const double *restrict p = (const double *)prob->data + offset;
         SS_SIMD
         for (int64_t i = 0; i < n; ++i) {
-            double v = p[i] < 0.0 ? 0.0 : p[i];
-            columns[i] += v > 1.0 ? 1.0 : v;
+            columns[i] += p[i];
         }
         return;
     }
@@ -46,8 +45,7 @@ static void add_line(const ss_tensor *prob, int64_t offset, int64_t n, double *r
         const float *restrict p = ss_load_f32(prob, offset + first, m, buffer);
         SS_SIMD
         for (int64_t i = 0; i < m; ++i) {
-            float v = p[i] < 0.0f ? 0.0f : p[i];
-            columns[first + i] += (double)(v > 1.0f ? 1.0f : v);
+            columns[first + i] += (double)p[i];
         }
     }
 }
@@ -75,6 +73,8 @@ static void cell_row(const job *j, const double *columns, int64_t lines, float *
                 sum += columns[i];
             }
             double mean = sum / (double)(lines * (end - begin));
+            mean = mean < 0.0 ? 0.0 : mean; /* a map that was interpolated is outside by rounding */
+            mean = mean > 1.0 ? 1.0 : mean;
             out[first + k] = (float)mean;
             rest[k] = (float)(1.0 - mean);
         }

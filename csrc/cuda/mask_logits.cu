@@ -3,7 +3,7 @@
  * mask_logits.cu: the mask prompt of a promptable model from a probability map.
  *
  *     out[n, cell] = clip(ln(m / (1 - m)), -10, 10),
- *     m = mean of prob[n], clipped to [0, 1], over the cell
+ *     m = clip(mean of prob[n] over the cell, 0, 1)
  *
  * prob [N, D, H, W] -> logits [N, d, h, w]; cells are those of adaptive average pooling. Memory: 4
  * bytes read per voxel (float), 4 written per cell; lanes of a warp own neighbouring cells, whose
@@ -47,14 +47,14 @@ SS_KERNEL void k_mask_logits(const void *prob, float *out, mask_logits_sizes s) 
         for (int64_t z = d0; z < d1; ++z) {
             for (int64_t y = h0; y < h1; ++y) {
                 int64_t at = ((n * s.depth + z) * s.height + y) * s.width + column;
-                double v = (double)ss_load<T>(prob, at);
-                v = v < 0.0 ? 0.0 : v;
-                lines += v > 1.0 ? 1.0 : v;
+                lines += (double)ss_load<T>(prob, at);
             }
         }
         sum += lines;
     }
     double mean = sum / (double)((d1 - d0) * (h1 - h0) * (w1 - w0));
+    mean = mean < 0.0 ? 0.0 : mean;
+    mean = mean > 1.0 ? 1.0 : mean;
     float v = ss_logf((float)mean) - ss_logf((float)(1.0 - mean));
     v = v < -10.0f ? -10.0f : v;
     out[cell] = v > 10.0f ? 10.0f : v;
