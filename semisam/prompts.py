@@ -302,8 +302,9 @@ def mask_logits(prob: Any, size: Sequence[int]) -> Any:
     """Return the mask prompt of a foreground probability map: clipped logits of cell averages.
 
     `prob` is [N, D, H, W] or [N, H, W] with values in 0..1 (NumPy or torch, any floating dtype; a mean
-    that rounding has put outside counts as the nearer end, NaN stays), `size` the prompt's (d, h, w) or (h, w), at most the map's;
-    the result is [N, *size], float32, the same kind of array. Cells are those of adaptive average pooling.
+    that rounding has put outside counts as the nearer end, NaN stays), `size` the prompt's (d, h, w) or
+    (h, w), at most the map's; the result is [N, *size], float32, the same kind of array. Cells are those of
+    adaptive average pooling.
 
         out = clip(ln(m / (1 - m)), -10, 10),   m = clip(mean of prob over the cell, 0, 1)
 
